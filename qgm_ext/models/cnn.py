@@ -1,0 +1,51 @@
+"""Small convolutional network with group normalisation, for images from 8x8 up.
+
+Group rather than batch normalisation: batch statistics of heterogeneous workers disagree, and running averages are
+buffers that torch.func can't map over. Not a copy of the paper's networks (ResNet-20, VGG-11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ._checks import check_sizes
+
+
+def cnn(
+    input_shape: Sequence[int], num_classes: int, channels: Sequence[int] = (16, 32), groups: int = 4
+) -> nn.Sequential:
+    """Build a small CNN, input [B, C, H, W], output logits [B, num_classes].
+
+    For each entry of ``channels``: convolution 3x3, group norm, ReLU, maximum over 2x2. Then one linear layer.
+    Initialised by torch's defaults, so ``torch.manual_seed`` before the call fixes the weights.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        num_classes: number of logits.
+        channels: output channels of the convolutions; each halves height and width (rounded down).
+        groups: groups of each normalisation; must divide every entry of ``channels``.
+    Raises: TypeError or ValueError if a size is not an integer >= 1, the image is too small for so many layers, or
+        ``groups`` does not divide.
+    Example:
+        >>> sum(p.numel() for p in cnn((1, 28, 28), 10).parameters())
+        20586
+    """
+    check_sizes(input_shape=input_shape, num_classes=num_classes, channels=channels, groups=groups)
+    if len(input_shape) != 3:
+        raise ValueError(f"input_shape must be (channels, height, width), got {tuple(input_shape)}")
+    previous, height, width = input_shape
+    smallest = 2 ** len(channels)
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"{len(channels)} layers that halve the image need {smallest}x{smallest} or more, got {height}x{width}"
+        )
+    layers: list[nn.Module] = []
+    for out in channels:
+        if out % groups:
+            raise ValueError(f"groups={groups} must divide every entry of channels, got {tuple(channels)}")
+        layers += [nn.Conv2d(previous, out, 3, padding=1), nn.GroupNorm(groups, out), nn.ReLU(), nn.MaxPool2d(2)]
+        previous, height, width = out, height // 2, width // 2
+    layers += [nn.Flatten(), nn.Linear(previous * height * width, num_classes)]
+    return nn.Sequential(*layers)

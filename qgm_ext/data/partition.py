@@ -27,6 +27,8 @@ _BLOCK = 10
 # Tries drawn at once grow up to this many: large enough to hide Python's cost, small enough to stay in cache.
 _MAX_TRIES_AT_ONCE = 1024
 _FORMAT = "qgm_ext.partition/1"
+# What numpy, zipfile and json raise on a file that is damaged or something else (RuntimeError: an "encrypted" archive).
+_DAMAGE = (ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,21 +166,22 @@ class Partition:
     def load(cls, path: str | os.PathLike[str]) -> Partition:
         """Read what :meth:`save` wrote.
 
-        Raises: FileNotFoundError if there is no such file; ValueError if it is damaged or is something else.
+        Raises: OSError (FileNotFoundError, ...) if the file can't be opened; ValueError if it is damaged or is
+            something else.
         """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                meta = json.loads(str(stored["meta"]))
+        # Opened here: numpy leaves its own handle open when the file turns out to be no archive.
+        with open(path, "rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as stored:
+                    meta = json.loads(str(stored["meta"]))
+                    sizes, flat = stored["sizes"], stored["indices"]
                 if meta["format"] != _FORMAT:
                     raise ValueError(f"format is {meta['format']!r}, expected {_FORMAT!r}")
-                sizes, flat = stored["sizes"], stored["indices"]
-            if sizes.ndim != 1 or sizes.size == 0 or sizes.min() < 0 or flat.shape != (sizes.sum(),):
-                raise ValueError(f"sizes {sizes.tolist()} do not add up to the {flat.size} stored indices")
-            return cls(np.split(flat, np.cumsum(sizes)[:-1]), meta["seed"], meta["alpha"], meta["method"])
-        except FileNotFoundError:
-            raise
-        except (ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{os.fspath(path)} is not a readable partition: {error}") from error
+                if sizes.ndim != 1 or sizes.size == 0 or sizes.min() < 0 or flat.shape != (sizes.sum(),):
+                    raise ValueError(f"sizes {sizes.tolist()} do not add up to the {flat.size} stored indices")
+                return cls(np.split(flat, np.cumsum(sizes)[:-1]), meta["seed"], meta["alpha"], meta["method"])
+            except _DAMAGE as error:
+                raise ValueError(f"{os.fspath(path)} is not a readable partition: {error}") from error
 
 
 def dirichlet_partition(

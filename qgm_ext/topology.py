@@ -1,0 +1,455 @@
+"""Topologies: who averages with whom, with which weights, at which step. This is the module that users call.
+
+Holds the constructors (``ring(16)``, ``from_networkx(g)``, ``get("torus", 12)``, ...) and the checks of what they are
+given. Row i of the mixing matrix W is what worker i receives, x_i+ = sum_j w_ij x_j, and W is doubly stochastic: rows
+sum to one, so that agreement stays agreement, and columns do, so that averaging keeps the mean of the workers.
+
+The class is in :mod:`qgm_ext._topology`, edge lists and weight rules in :mod:`qgm_ext.graphs`, the form that kernels
+read in :mod:`qgm_ext.mixing`. Nothing here needs torch. Weights follow the code of Lin et al., "Quasi-Global Momentum"
+(ICML 2021): 1/(degree + 1) on regular graphs and, on its social network, a rule equal to Metropolis-Hastings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qgm_ext import graphs
+from qgm_ext._topology import CyclicTopology, RandomMatching, StaticTopology, Topology, to_integer, unreached
+from qgm_ext.graphs import Weights
+from qgm_ext.mixing import Mixing
+
+__all__ = [
+    "Topology",
+    "chain",
+    "complete",
+    "erdos_renyi",
+    "exponential",
+    "from_matrix",
+    "from_networkx",
+    "from_sequence",
+    "get",
+    "hypercube",
+    "names",
+    "one_peer_exponential",
+    "random_matching",
+    "ring",
+    "social",
+    "star",
+    "torus",
+]
+
+# How far a row or column sum may be from one. Rounding in float64 stays far below; a matrix computed in float32 is
+# above, and is refused, because the mean of the workers would drift by that much in every step.
+_SUM_TOLERANCE = 1e-9
+
+
+# Constructors ---------------------------------------------------------------------------------------------------------
+
+
+def ring(n: int) -> Topology:
+    """Return a ring: each worker and its two neighbours with weight 1/3 (n = 2: 1/2 each; n = 1: alone).
+
+    Example:
+        >>> round(ring(16).lambda_2, 4)
+        0.9493
+    """
+    n = _workers("ring", n)
+    return _named("ring", graphs.metropolis(n, graphs.undirected(n, np.arange(n), (np.arange(n) + 1) % n)))
+
+
+def chain(n: int) -> Topology:
+    """Return a chain 0 - 1 - ... - n-1 with Metropolis-Hastings weights (1/3; both ends keep 2/3)."""
+    n = _workers("chain", n)
+    return _named("chain", graphs.metropolis(n, graphs.undirected(n, np.arange(n - 1), np.arange(1, n))))
+
+
+def star(n: int) -> Topology:
+    """Return a star with worker 0 in the middle and Metropolis-Hastings weights: 1/n on every edge."""
+    n = _workers("star", n)
+    return _named("star", graphs.metropolis(n, graphs.undirected(n, np.zeros(n - 1), np.arange(1, n))))
+
+
+def complete(n: int) -> Topology:
+    """Return the complete graph: every weight 1/n, exact averaging in each step."""
+    n = _workers("complete", n)
+    columns = np.tile(np.arange(n, dtype=np.int32), n)
+    return _named("complete", Mixing.from_csr(np.arange(n + 1) * n, columns, np.full(n * n, 1.0 / n)))
+
+
+def torus(n: int) -> Topology:
+    """Return a grid with both directions closed, as near to square as n's divisors allow; weights 1/(degree + 1).
+
+    Worker r * columns + c is in row r, column c. Any n works: a prime n gives one row, which is the ring; a side of two
+    gives one edge, not two.
+
+    Example:
+        >>> torus(12).neighbors(0)  # 3 x 4
+        [1, 3, 4, 8]
+    """
+    n = _workers("torus", n)
+    return _named("torus", graphs.metropolis(n, graphs.torus(n)))
+
+
+def hypercube(n: int) -> Topology:
+    """Return the hypercube: neighbours differ in one bit of their number; weights 1/(log2(n) + 1).
+
+    Raises:
+        ValueError: if n is not a power of two.
+    """
+    n = _workers("hypercube", n)
+    if n & (n - 1):
+        below = 1 << (n.bit_length() - 1)
+        raise ValueError(f"n must be a power of two for a hypercube, got {n}; the nearest are {below} and {2 * below}")
+    bits = np.array([1 << k for k in range(n.bit_length() - 1)], dtype=np.int64)[:, None]
+    partner = np.arange(n) ^ bits
+    return _named(
+        "hypercube", graphs.metropolis(n, graphs.edges(n, np.broadcast_to(np.arange(n), partner.shape), partner))
+    )
+
+
+def exponential(n: int) -> Topology:
+    """Return the static exponential graph: worker i receives from i - 1, i - 2, i - 4, ... (mod n), all weights equal.
+
+    Directed and doubly stochastic, with p = floor(log2(n - 1)) + 1 neighbours; weights 1/(p + 1).
+    """
+    n = _workers("exponential", n)
+    return _named("exponential", graphs.uniform(n, graphs.circulant(n, graphs.exponential_hops(n))))
+
+
+def social(n: int = 32) -> Topology:
+    """Return the Southern Women network (Davis 1941; 18 women, 14 events, 89 edges), Metropolis-Hastings weights.
+
+    Equal to the matrix of the quasi-global momentum paper's code. lambda_n is -0.434, so D2 diverges on it.
+
+    Args:
+        n: the network has 32 workers, no other number.
+    """
+    import networkx as nx
+
+    if _workers("social", n) != 32:
+        raise ValueError(f"n must be 32 for the social network, got {n}: its graph is a fixed one")
+    return from_networkx(nx.davis_southern_women_graph(), name="social")
+
+
+def erdos_renyi(n: int, p: float | None = None, seed: int = 0) -> Topology:
+    """Return a random graph: each pair is an edge with probability p; Metropolis-Hastings weights.
+
+    Args:
+        n: number of workers.
+        p: in [0, 1]. (Default: min(1, 2 (ln(n) + 1) / n), at which 99 graphs in 100 are connected from n = 16 on.)
+        seed: of the graph, >= 0.
+    Raises:
+        ValueError: if the graph that was drawn is not connected; another seed or a larger p helps.
+    """
+    import networkx as nx
+
+    n, seed = _workers("erdos_renyi", n), to_integer("seed", seed, 0, 2**32 - 1)
+    threshold = math.log(n) / n
+    if p is None:
+        p = min(1.0, 2.0 * (threshold + 1.0 / n))
+    if isinstance(p, bool) or not isinstance(p, (int, float, np.floating)):
+        raise TypeError(f"p must be a number in [0, 1], got {p!r}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    graph = nx.gnp_random_graph(n, float(p), seed=seed)
+    lost = graphs.unreached(n, graphs.undirected(n, *np.array(graph.edges, dtype=np.int64).reshape(-1, 2).T))
+    if lost:
+        raise ValueError(
+            f"erdos_renyi(n={n}, p={p:.4g}, seed={seed}) is not connected: {graphs.enumerate_workers(lost)} can't "
+            f"reach worker 0; try another seed or a larger p (above ln(n)/n = {threshold:.4g} most are connected)"
+        )
+    return from_networkx(graph, name="erdos_renyi", arguments={"p": float(p), "seed": seed})
+
+
+def from_networkx(
+    graph: Any,
+    weights: Weights = "metropolis",
+    *,
+    name: str | None = None,
+    allow_disconnected: bool = False,
+    arguments: dict[str, Any] | None = None,
+) -> Topology:
+    """Return the topology of a networkx graph.
+
+    Worker i is node i if the nodes are 0 to n - 1, else the i-th node of ``graph.nodes``. An edge of a DiGraph goes
+    from the sender to the receiver. Parallel edges count once; self-loops and edge attributes are ignored.
+
+    Args:
+        graph: networkx Graph, DiGraph or their multigraph forms.
+        weights: "metropolis", w_ij = 1/(1 + max(d_i, d_j)), for undirected graphs (a DiGraph needs every edge both
+            ways); "uniform", 1/(degree + 1), which is doubly stochastic on regular graphs only.
+        name: (Default: the graph's own name, else "networkx".)
+        allow_disconnected: accept a graph in several parts, which never agree.
+        arguments: what to report as the constructor's arguments. (Default: the weights.)
+    Raises:
+        TypeError: if graph is no networkx graph.
+        ValueError: if it is empty or not connected, or the weights don't fit it.
+    """
+    import networkx as nx
+
+    if not isinstance(graph, nx.Graph):  # the base class of all four
+        raise TypeError(f"graph must be a networkx graph, got {type(graph).__name__}")
+    if weights not in ("metropolis", "uniform"):
+        raise ValueError(f"weights must be 'metropolis' or 'uniform', got {weights!r}")
+    n = graph.number_of_nodes()
+    if n == 0:
+        raise ValueError("graph must have at least one node, got an empty graph")
+    nodes = list(graph.nodes)
+    if all(isinstance(node, int) for node in nodes) and sorted(nodes) == list(range(n)):
+        nodes.sort()
+    worker = {node: index for index, node in enumerate(nodes)}
+    senders = np.array([worker[edge[0]] for edge in graph.edges()], dtype=np.int64)
+    receivers = np.array([worker[edge[1]] for edge in graph.edges()], dtype=np.int64)
+    directed = graph.is_directed()
+    found = graphs.edges(n, receivers, senders) if directed else graphs.undirected(n, receivers, senders)
+    if weights == "metropolis":
+        if directed:
+            _check_both_ways(n, found, nodes)
+        mixing = graphs.metropolis(n, found)
+    else:
+        mixing = graphs.uniform(n, found)
+        _check_uniform(n, found, mixing, nodes)
+    topology = StaticTopology(name or str(graph.name or "networkx"), mixing, arguments or {"weights": weights})
+    _check_connected(topology.name, [topology], allow_disconnected)
+    return topology
+
+
+def from_matrix(matrix: ArrayLike, *, name: str = "custom", allow_disconnected: bool = False) -> Topology:
+    """Return the topology of a mixing matrix W: row i is what worker i receives.
+
+    Args:
+        matrix: [n, n], finite, no entry negative, every row and every column sums to one within 1e-9, connected. A
+            matrix computed in float32 misses that; compute it in float64.
+        name: shown in reports.
+        allow_disconnected: accept workers that never hear from each other, e.g. the identity.
+    Raises:
+        TypeError: if it is no array of real numbers.
+        ValueError: if it is none of the above; names the row, the column or the entry.
+    Example:
+        >>> from_matrix([[0.75, 0.25], [0.25, 0.75]]).spectral_gap
+        0.5
+    """
+    topology = StaticTopology(name, Mixing.from_matrix(_check_stochastic("matrix", matrix)), {})
+    _check_connected(name, [topology], allow_disconnected)
+    return topology
+
+
+def from_sequence(
+    matrices: Sequence[ArrayLike | Topology] | NDArray[np.float64],
+    *,
+    name: str = "sequence",
+    allow_disconnected: bool = False,
+) -> Topology:
+    """Return a time-varying topology that uses these in turn: step t uses number t mod p.
+
+    Args:
+        matrices: p >= 1 mixing matrices or static topologies of the same size. Each must be doubly stochastic; only
+            together must they connect all workers. One alone gives a static topology.
+        name: shown in reports.
+        allow_disconnected: accept workers that never hear from each other.
+    Raises:
+        TypeError: if it is no sequence, or an element no array of real numbers.
+        ValueError: if it is empty, sizes differ, one is time-varying or not doubly stochastic, or they don't connect.
+    """
+    if isinstance(matrices, (Topology, str)) or not isinstance(matrices, Sequence | np.ndarray):
+        raise TypeError(f"matrices must be a sequence of mixing matrices or topologies, got {type(matrices).__name__}")
+    if len(matrices) == 0:
+        raise ValueError("matrices must hold at least one mixing matrix, got none")
+    cycle: list[Topology] = []
+    for index, item in enumerate(matrices):
+        if isinstance(item, Topology):
+            if item.is_time_varying:
+                raise ValueError(f"matrices[{index}] must be static, got the time-varying topology {item.name!r}")
+            cycle.append(item)
+        else:
+            checked = _check_stochastic(f"matrices[{index}]", item)
+            cycle.append(StaticTopology(f"{name}[{index}]", Mixing.from_matrix(checked), {}))
+        if cycle[-1].num_workers != cycle[0].num_workers:
+            raise ValueError(
+                f"matrices must all have the same number of workers: matrices[0] has {cycle[0].num_workers}, "
+                f"matrices[{index}] has {cycle[-1].num_workers}"
+            )
+    _check_connected(name, cycle, allow_disconnected)
+    return _cyclic(name, cycle)
+
+
+def one_peer_exponential(n: int) -> Topology:
+    """Return the one-peer exponential graph: at step t, worker i averages half and half with i - 2^(t mod p) (mod n).
+
+    Directed, one message a step, period p = floor(log2(n - 1)) + 1. For n a power of two p steps average exactly.
+    """
+    n = _workers("one_peer_exponential", n)
+    hops = graphs.exponential_hops(n) or [0]
+    steps = [graphs.uniform(n, graphs.circulant(n, [hop])) for hop in hops]
+    return _cyclic(
+        "one_peer_exponential",
+        [StaticTopology("one_peer_exponential", w, {"hop": hop}) for hop, w in zip(hops, steps, strict=True)],
+    )
+
+
+def random_matching(n: int, seed: int = 0) -> Topology:
+    """Return random pairs: at every step the workers are paired anew, each pair averages half and half.
+
+    With an odd n one worker, drawn anew, is left out of a step. The pairing depends on (seed, step) alone, so all
+    processes find the same one without talking.
+
+    Args:
+        n: number of workers.
+        seed: in [0, 2**32).
+    """
+    return RandomMatching(_workers("random_matching", n), to_integer("seed", seed, 0, 2**32 - 1))
+
+
+_NAMED: dict[str, Callable[..., Topology]] = {
+    constructor.__name__: constructor
+    for constructor in (
+        ring,
+        chain,
+        star,
+        complete,
+        torus,
+        hypercube,
+        exponential,
+        social,
+        erdos_renyi,
+        one_peer_exponential,
+        random_matching,
+    )
+}
+
+
+def names() -> list[str]:
+    """Return the names that :func:`get` takes, sorted."""
+    return sorted(_NAMED)
+
+
+def get(name: str, n: SupportsIndex | None = None, **arguments: Any) -> Topology:
+    """Return a topology by name, as the command line does; ``-`` and ``_`` are the same.
+
+    Args:
+        name: one of :func:`names`.
+        n: number of workers; may be left out for "social".
+        arguments: passed on, e.g. ``p`` and ``seed`` for "erdos_renyi".
+    Raises:
+        ValueError: if the name is unknown (the nearest is suggested), n is missing, or n or an argument doesn't fit.
+        TypeError: if the topology takes no such argument, or an argument has the wrong type.
+    Example:
+        >>> get("one-peer-exponential", 8).period
+        3
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
+    key = name.strip().lower().replace("-", "_")
+    if key not in _NAMED:
+        near = difflib.get_close_matches(key, _NAMED, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"name must be a known topology, got {name!r}; {hint}The names are {', '.join(names())}")
+    parameters = inspect.signature(_NAMED[key]).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            takes = ", ".join(parameters)
+            raise TypeError(f"topology {key!r} takes no argument {argument!r}; it takes {takes}")
+    if n is None and parameters["n"].default is inspect.Parameter.empty:
+        raise ValueError(f"n must be the number of workers of topology {key!r}, got None")
+    return _NAMED[key](**arguments) if n is None else _NAMED[key](n, **arguments)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _named(name: str, mixing: Mixing) -> Topology:
+    return StaticTopology(name, mixing, {})
+
+
+def _cyclic(name: str, cycle: Sequence[Topology]) -> Topology:
+    return StaticTopology(name, cycle[0].mixing(), {}) if len(cycle) == 1 else CyclicTopology(name, cycle, {})
+
+
+def _workers(name: str, n: SupportsIndex) -> int:
+    return to_integer(f"n (number of workers of {name})", n, 1)
+
+
+def _check_connected(name: str, parts: Sequence[Topology], allow_disconnected: bool) -> None:
+    lost = [] if allow_disconnected else unreached(parts)
+    if lost:
+        over = f" over its period of {len(parts)} steps" if len(parts) > 1 else ""
+        raise ValueError(
+            f"topology {name!r} is not connected{over}: {graphs.enumerate_workers(lost)} can't reach worker 0, not "
+            f"even through others, so the workers never agree; pass allow_disconnected=True if that is meant"
+        )
+
+
+def _check_stochastic(argument: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Return value as a float64 array if it is a doubly stochastic matrix; else say what is wrong and where."""
+    try:
+        given = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{argument} must be an [n, n] array of real numbers, got {type(value).__name__}") from error
+    if given.dtype.kind not in "iuf":
+        raise TypeError(
+            f"{argument} must be an [n, n] array of real numbers, got {type(value).__name__} of dtype {given.dtype}"
+        )
+    matrix = given.astype(np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+        raise ValueError(f"{argument} must be square with at least one row, got shape {list(matrix.shape)}")
+    for wrong, expected in ((~np.isfinite(matrix), "must be finite"), (matrix < 0.0, "must not be negative")):
+        if wrong.any():
+            row, column = (int(axis[0]) for axis in np.nonzero(wrong))
+            count = int(wrong.sum())
+            others = f" ({count} such entries in all)" if count > 1 else ""
+            raise ValueError(f"{argument}[{row}, {column}] {expected}, got {matrix[row, column]}{others}")
+    for axis, kind in ((1, "row"), (0, "column")):
+        sums = matrix.sum(axis=axis)
+        off = np.flatnonzero(np.abs(sums - 1.0) > _SUM_TOLERANCE)
+        if off.size:
+            _raise_bad_sum(argument, matrix, kind, off, float(sums[off[0]]))
+    return matrix
+
+
+def _raise_bad_sum(argument: str, matrix: NDArray[np.float64], kind: str, off: NDArray[np.int64], total: float) -> None:
+    line = int(off[0])
+    entries = matrix[line] if kind == "row" else matrix[:, line]
+    largest = int(entries.argmax())
+    place = (line, largest) if kind == "row" else (largest, line)
+    why = "a worker's weights must add up" if kind == "row" else "otherwise averaging would change the workers' mean"
+    hint = "; computed in float32? compute it in float64" if abs(total - 1.0) < 1e-4 else ""
+    others = f" ({off.size} {kind}s are off)" if off.size > 1 else ""
+    raise ValueError(
+        f"{argument}: {kind} {line} sums to {total:.10g}, expected 1 within {_SUM_TOLERANCE:g}: {why}; its largest "
+        f"entry is [{place[0]}, {place[1]}] = {entries[largest]:.10g}{others}{hint}"
+    )
+
+
+def _check_both_ways(n: int, found: graphs.Edges, nodes: Sequence[Any]) -> None:
+    to, frm = found
+    one_way = np.flatnonzero(~np.isin(to * n + frm, frm * n + to))
+    if one_way.size:
+        sender, receiver = int(frm[one_way[0]]), int(to[one_way[0]])
+        raise ValueError(
+            f"weights='metropolis' needs every edge both ways, but {_label(sender, nodes)} sends to "
+            f"{_label(receiver, nodes)} and not back; use weights='uniform' or an undirected graph"
+        )
+
+
+def _check_uniform(n: int, found: graphs.Edges, mixing: Mixing, nodes: Sequence[Any]) -> None:
+    sums = np.bincount(mixing.columns, weights=mixing.weights, minlength=n)
+    off = np.flatnonzero(np.abs(sums - 1.0) > _SUM_TOLERANCE)
+    if off.size:
+        worker, (to, frm) = int(off[0]), found
+        received, sent = int((to == worker).sum()), int((frm == worker).sum())
+        degree = f"degree {received}" if received == sent else f"in-degree {received} and out-degree {sent}"
+        raise ValueError(
+            f"weights='uniform' is doubly stochastic only on regular graphs: {_label(worker, nodes)} with {degree} "
+            f"would count {sums[worker]:.6g} times in the mean instead of once; use weights='metropolis'"
+        )
+
+
+def _label(worker: int, nodes: Sequence[Any]) -> str:
+    return f"worker {worker}" if nodes[worker] == worker else f"worker {worker} (node {nodes[worker]!r})"

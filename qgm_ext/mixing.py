@@ -21,8 +21,8 @@ __all__ = ["Form", "Mixing"]
 
 Form = Literal["identity", "mean", "sparse", "dense"]
 
-# Weights that come from 1 - sum(...) may miss 1/n or 1 by a few units in the last place. Such a matrix is still the mean
-# or the identity, and is stored as exactly that, because it is what those kernels compute with.
+# Weights that come from 1 - sum(...) may miss 1/n or 1 by a few units in the last place. Such a matrix is still the
+# mean or the identity, and is stored as exactly that, because it is what those kernels compute with.
 _ROUNDING = 1e-12
 
 

@@ -63,6 +63,11 @@ def test_mean_with_rounding_is_stored_as_exactly_one_over_n() -> None:
     assert np.array_equal(mixing.to_matrix(), np.full((3, 3), 1 / 3))
 
 
+def test_identity_with_rounding_is_stored_as_exactly_one() -> None:
+    mixing = Mixing.from_matrix([[1.0 - 2**-52]])
+    assert (mixing.form, mixing.to_matrix().tolist()) == ("identity", [[1.0]])
+
+
 def test_almost_mean_is_dense() -> None:
     matrix = np.full((4, 4), 0.25)
     matrix[:2, :2] += [[1e-9, -1e-9], [-1e-9, 1e-9]]
@@ -75,9 +80,11 @@ def test_rows_describe_the_matrix(n: int, density: float, seed: int) -> None:
     matrix = random_matrix(n, density, seed)
     mixing = Mixing.from_matrix(matrix)
     assert np.array_equal(mixing.to_matrix(), matrix)
-    assert mixing.row_offsets.dtype == mixing.columns.dtype == np.int32 and mixing.weights.dtype == np.float64
+    assert mixing.row_offsets.dtype == mixing.columns.dtype == np.int32
+    assert mixing.weights.dtype == np.float64
     for array in (mixing.row_offsets, mixing.columns, mixing.weights):
-        assert array.flags.c_contiguous and not array.flags.writeable
+        assert array.flags.c_contiguous
+        assert not array.flags.writeable
     for worker in range(n):
         columns, weights = mixing.row(worker)
         assert np.all(np.diff(columns) > 0)
@@ -162,7 +169,8 @@ def test_equality_pickle_and_deepcopy_go_by_content() -> None:
     mixing = Mixing.from_matrix(matrix)
     mixing.tensors()
     for twin in (Mixing.from_matrix(matrix), pickle.loads(pickle.dumps(mixing)), copy.deepcopy(mixing)):
-        assert twin == mixing and hash(twin) == hash(mixing)
+        assert twin == mixing
+        assert hash(twin) == hash(mixing)
         assert not twin.weights.flags.writeable
         assert not twin._tensors, "tensors must not travel: the other machine may lack the device"
     assert mixing != Mixing.from_matrix(random_matrix(6, 0.5, seed=3))

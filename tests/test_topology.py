@@ -43,7 +43,9 @@ def every_named(n: int) -> list[Topology]:
 
 def assert_doubly_stochastic(matrix: np.ndarray) -> None:
     """Fail unless the matrix is a mixing matrix."""
-    assert matrix.dtype == np.float64 and matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    assert matrix.dtype == np.float64
+    assert matrix.ndim == 2
+    assert matrix.shape[0] == matrix.shape[1]
     assert np.all(matrix >= 0)
     np.testing.assert_allclose(matrix.sum(axis=0), 1.0, atol=1e-13)
     np.testing.assert_allclose(matrix.sum(axis=1), 1.0, atol=1e-13)
@@ -79,7 +81,9 @@ def connected_graphs(draw: Callable[..., Any]) -> nx.Graph:
 def test_one_worker_is_alone(name: str) -> None:
     alone = topology.get(name, 1)
     assert alone.matrix().tolist() == [[1.0]]
-    assert alone.neighbors(0) == [] and alone.degrees == [0] and alone.spectral_gap == 1.0
+    assert alone.neighbors(0) == []
+    assert alone.degrees == [0]
+    assert alone.spectral_gap == 1.0
     assert alone.mixing().form == "identity"
 
 
@@ -92,7 +96,8 @@ def test_one_worker_hypercube_and_eigenvalues() -> None:
 def test_two_workers_average(name: str) -> None:
     pair = topology.get(name, 2)
     assert pair.matrix().tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    assert pair.neighbors(0) == [1] and pair.neighbors(1) == [0]
+    assert pair.neighbors(0) == [1]
+    assert pair.neighbors(1) == [0]
     assert pair.spectral_gap == pytest.approx(1.0, abs=1e-15)
     assert pair.mixing().form == "mean"
 
@@ -118,7 +123,8 @@ def test_star_of_four_by_hand() -> None:
 def test_complete_is_the_mean_exactly(n: int) -> None:
     mean = topology.complete(n)
     assert np.array_equal(mean.matrix(), np.full((n, n), 1 / n))
-    assert mean.spectral_gap == 1.0 and mean.lambda_2 == 0.0
+    assert mean.spectral_gap == 1.0
+    assert mean.lambda_2 == 0.0
     assert mean.mixing().form == ("identity" if n == 1 else "mean")
 
 
@@ -138,7 +144,8 @@ def test_complete_is_the_mean_exactly(n: int) -> None:
 def test_torus_neighbors(n: int, worker: int, neighbors: list[int]) -> None:
     grid = topology.torus(n)
     assert grid.neighbors(worker) == neighbors
-    assert grid.is_regular and grid.matrix()[worker, worker] == 1 / (1 + len(neighbors))
+    assert grid.is_regular
+    assert grid.matrix()[worker, worker] == 1 / (1 + len(neighbors))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 7, 31])
@@ -195,7 +202,9 @@ def test_social_network() -> None:
     np.testing.assert_allclose(social.matrix(), metropolis_by_hand(nx.davis_southern_women_graph()), atol=1e-15)
     assert social.lambda_2 == pytest.approx(0.9179, abs=5e-5)
     assert social.lambda_n == pytest.approx(-0.4343, abs=5e-5)
-    assert sum(social.degrees) == 2 * 89 and min(social.degrees) == 2 and max(social.degrees) == 14
+    assert sum(social.degrees) == 2 * 89
+    assert min(social.degrees) == 2
+    assert max(social.degrees) == 14
 
 
 def test_social_equals_the_recursive_rule_of_the_papers_code() -> None:
@@ -226,7 +235,8 @@ def test_erdos_renyi_is_reproducible_and_depends_on_the_seed() -> None:
 @pytest.mark.parametrize("n", SIZES)
 def test_every_named_topology_is_doubly_stochastic_and_connected(n: int) -> None:
     for graph in every_named(n):
-        assert graph.num_workers == n and graph.is_connected
+        assert graph.num_workers == n
+        assert graph.is_connected
         for step in range(8):
             assert_doubly_stochastic(graph.matrix(step))
         assert 0.0 <= graph.spectral_gap <= 1.0
@@ -240,10 +250,12 @@ def test_metropolis_of_any_graph(graph: nx.Graph) -> None:
     mixed = topology.from_networkx(graph)
     matrix = mixed.matrix()
     assert_doubly_stochastic(matrix)
-    assert np.array_equal(matrix, matrix.T) and mixed.is_symmetric
+    assert np.array_equal(matrix, matrix.T)
+    assert mixed.is_symmetric
     np.testing.assert_allclose(matrix, metropolis_by_hand(nx.from_dict_of_lists({v: graph[v] for v in sorted(graph)})))
     assert mixed.degrees == [graph.degree(node) for node in range(len(graph))]
-    assert mixed.lambda_n > -1.0 and (len(graph) == 1 or mixed.lambda_2 < 1.0)
+    assert mixed.lambda_n > -1.0
+    assert len(graph) == 1 or mixed.lambda_2 < 1.0
 
 
 @PROPERTY
@@ -277,7 +289,9 @@ def test_any_doubly_stochastic_matrix_is_taken_as_it_is(n: int, count: int, seed
     share = rng.dirichlet(np.ones(count))
     matrix = sum(s * np.eye(n)[rng.permutation(n)] for s in share)
     graph = topology.from_matrix(matrix, allow_disconnected=True)
-    assert np.array_equal(graph.matrix(), matrix)
+    np.testing.assert_allclose(graph.matrix(), matrix, atol=1e-12)
+    if graph.mixing().form in ("sparse", "dense"):
+        assert np.array_equal(graph.matrix(), matrix)
     directed = nx.from_numpy_array(matrix, create_using=nx.DiGraph)
     assert graph.is_connected == nx.is_strongly_connected(directed)
     if not graph.is_connected:
@@ -341,7 +355,8 @@ def test_graph_round_trip() -> None:
     assert social.graph().edges[0, 18]["weight"] == social.matrix()[0, 18]
     assert social.graph().nodes[7]["self_weight"] == social.matrix()[7, 7]
     directed = topology.exponential(8).graph()
-    assert directed.is_directed() and sorted(directed.predecessors(0)) == [4, 6, 7]
+    assert directed.is_directed()
+    assert sorted(directed.predecessors(0)) == [4, 6, 7]
     peer = topology.one_peer_exponential(8).graph(step=1)
     assert sorted(peer.edges) == [(k, (k + 2) % 8) for k in range(8)]
 
@@ -380,7 +395,9 @@ def test_cyclic_spectral_gap_is_per_step() -> None:
 def test_random_matching_pairs_everyone() -> None:
     for n in (2, 7, 16, 33):
         pairs = topology.random_matching(n, seed=5)
-        assert pairs.period is None and pairs.is_time_varying and pairs.is_symmetric
+        assert pairs.period is None
+        assert pairs.is_time_varying
+        assert pairs.is_symmetric
         for step in range(20):
             partners = [pairs.neighbors(worker, step) for worker in range(n)]
             assert sum(len(partner) == 0 for partner in partners) == n % 2
@@ -427,7 +444,8 @@ def test_sequence_of_matrices_and_topologies() -> None:
     cross = np.array([[0.5, 0, 0, 0.5], [0, 0.5, 0.5, 0], [0, 0.5, 0.5, 0], [0.5, 0, 0, 0.5]])
     sequence = topology.from_sequence([swap, cross, topology.ring(4)], name="mine")
     assert (sequence.name, sequence.period, sequence.num_workers) == ("mine", 3, 4)
-    assert np.array_equal(sequence.matrix(3), swap) and np.array_equal(sequence.matrix(4), cross)
+    assert np.array_equal(sequence.matrix(3), swap)
+    assert np.array_equal(sequence.matrix(4), cross)
     assert sequence.at(5) == topology.ring(4)
     assert sequence.degrees == [2, 2, 2, 2]
     assert topology.from_sequence([swap, cross]).spectral_gap == 1.0  # the two together average exactly
@@ -437,7 +455,9 @@ def test_sequence_of_matrices_and_topologies() -> None:
 
 def test_static_topology_is_its_own_step() -> None:
     ring = topology.ring(5)
-    assert ring.at(7) is ring and ring.period == 1 and not ring.is_time_varying
+    assert ring.at(7) is ring
+    assert ring.period == 1
+    assert not ring.is_time_varying
     assert ring.mixing(3) is ring.mixing()
 
 
@@ -448,7 +468,8 @@ def test_equality_and_hash_go_by_content() -> None:
     assert topology.ring(8) == topology.from_matrix(topology.ring(8).matrix())
     assert hash(topology.ring(8)) == hash(topology.from_matrix(topology.ring(8).matrix()))
     assert topology.ring(3) == topology.complete(3)
-    assert topology.ring(8) != topology.ring(9) and topology.ring(8) != topology.chain(8)
+    assert topology.ring(8) != topology.ring(9)
+    assert topology.ring(8) != topology.chain(8)
     assert topology.one_peer_exponential(8) == topology.one_peer_exponential(8)
     assert topology.one_peer_exponential(8) != topology.exponential(8)
     assert topology.random_matching(8, 1) == topology.random_matching(8, 1) != topology.random_matching(8, 2)
@@ -461,7 +482,8 @@ def test_equality_and_hash_go_by_content() -> None:
 def test_pickle_and_deepcopy(n: int) -> None:
     for graph in every_named(n):
         for twin in (pickle.loads(pickle.dumps(graph)), copy.deepcopy(graph)):
-            assert twin == graph and hash(twin) == hash(graph)
+            assert twin == graph
+            assert hash(twin) == hash(graph)
             assert (twin.name, twin.period, dict(twin.arguments)) == (graph.name, graph.period, dict(graph.arguments))
             assert np.array_equal(twin.matrix(2), graph.matrix(2))
 
@@ -478,19 +500,26 @@ def test_nothing_can_be_changed() -> None:
     ring.neighbors(0).append(9)
     ring.degrees.append(9)
     ring.eigenvalues[:] = 9.0
-    assert ring == topology.ring(4) and ring.neighbors(0) == [1, 3] and ring.degrees == [2] * 4
+    assert ring == topology.ring(4)
+    assert ring.neighbors(0) == [1, 3]
+    assert ring.degrees == [2] * 4
     assert ring.lambda_2 == pytest.approx(1 / 3)
 
 
 def test_describe_is_json_and_says_what_is_there() -> None:
     facts = topology.ring(16).describe()
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["name"] == "ring" and facts["num_workers"] == 16 and facts["period"] == 1
-    assert facts["degree_min"] == facts["degree_max"] == 2 and facts["messages_per_step"] == 32
+    assert facts["name"] == "ring"
+    assert facts["num_workers"] == 16
+    assert facts["period"] == 1
+    assert facts["degree_min"] == facts["degree_max"] == 2
+    assert facts["messages_per_step"] == 32
     assert facts["weight_min"] == facts["self_weight_max"] == 1 / 3
-    assert facts["spectral_gap"] == topology.ring(16).spectral_gap and facts["lambda_n"] == topology.ring(16).lambda_n
-    swap = topology.from_matrix([[0.0, 1.0], [1.0, 0.0]]).describe()
-    assert swap["self_weight_min"] == 0.0 and swap["spectral_gap"] == 0.0  # connected, but never agrees
+    assert facts["spectral_gap"] == topology.ring(16).spectral_gap
+    assert facts["lambda_n"] == topology.ring(16).lambda_n
+    swap = topology.from_matrix([[0.0, 1.0], [1.0, 0.0]]).describe()  # connected, but never agrees
+    assert swap["self_weight_min"] == 0.0
+    assert swap["spectral_gap"] == 0.0
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -617,8 +646,11 @@ def test_wrong_matrices_are_explained(matrix: Any, error: type[Exception], messa
 
 def test_disconnected_only_when_asked_for() -> None:
     alone = topology.from_matrix(np.eye(3), allow_disconnected=True)
-    assert alone.mixing().form == "identity" and not alone.is_connected and alone.spectral_gap == 0.0
-    assert alone.degrees == [0, 0, 0] and not alone.describe()["connected"]
+    assert alone.mixing().form == "identity"
+    assert not alone.is_connected
+    assert alone.spectral_gap == 0.0
+    assert alone.degrees == [0, 0, 0]
+    assert not alone.describe()["connected"]
     two = nx.Graph([(0, 1), (2, 3)])
     with pytest.raises(ValueError, match="topology 'networkx' is not connected: workers 2, 3 can't reach worker 0"):
         topology.from_networkx(two)

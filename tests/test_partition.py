@@ -70,7 +70,8 @@ def balanced(num_samples: int, num_classes: int) -> np.ndarray:
         (1437, 10, 32, 1.0, 7),
         (500, 10, 10, 10.0, 0),
         (501, 7, 11, 0.3, 1),
-        (333, 10, 16, 0.001, 3),  # numpy returns NaN for some of these draws
+        (333, 10, 16, 0.001, 1),  # numpy returns NaN for some of the accepted draws
+        (300, 30, 5, 0.0005, 0),
         (64, 4, 1, 0.5, 2),
         (100, 3, 2, 0.05, 5),
         (90, 1, 3, 1.0, 4),
@@ -284,7 +285,10 @@ def test_save_and_load_give_the_same(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["partition.npz"]
 
 
-def test_save_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "function"), [(np, "savez"), (os, "fsync"), (os, "replace")])
+def test_save_keeps_the_old_file_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, function: str
+) -> None:
     file = tmp_path / "partition.npz"
     iid_partition([0] * 10, 2, 0).save(file)
     before = file.read_bytes()
@@ -292,7 +296,7 @@ def test_save_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(module, function, full)
     with pytest.raises(OSError, match="No space left"):
         iid_partition([0] * 10, 2, 1).save(file)
     assert file.read_bytes() == before

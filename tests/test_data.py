@@ -68,7 +68,9 @@ def test_idx_files_are_read_from_the_usual_places(tmp_path: Path, name: str, fol
         (loaded.train_x, loaded.train_y, content[FILES[0]], content[FILES[1]]),
         (loaded.test_x, loaded.test_y, content[FILES[2]], content[FILES[3]]),
     ):
-        assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.is_contiguous()
+        assert x.dtype == torch.float32
+        assert y.dtype == torch.int64
+        assert x.is_contiguous()
         assert y.tolist() == labels.tolist()
         expected = ((images / 255 - mean) / std).astype(np.float32)[:, None]
         assert torch.equal(x, torch.from_numpy(expected))
@@ -156,21 +158,27 @@ def test_damaged_idx_file_is_named(tmp_path: Path, file: str, change: Callable[[
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_fashion_mnist_of_debian() -> None:
     loaded = data.load("fashion-mnist", DEBIAN, num_train=16_000)
-    assert loaded.train_x.shape == (16_000, 1, 28, 28) and loaded.test_x.shape == (10_000, 1, 28, 28)
+    assert loaded.train_x.shape == (16_000, 1, 28, 28)
+    assert loaded.test_x.shape == (10_000, 1, 28, 28)
     assert torch.bincount(loaded.test_y).tolist() == [1000] * 10
-    assert abs(loaded.train_x.mean().item()) < 0.01 and abs(loaded.train_x.std().item() - 1) < 0.01
+    assert abs(loaded.train_x.mean().item()) < 0.01
+    assert abs(loaded.train_x.std().item() - 1) < 0.01
 
 
 def test_digits_shapes_ranges_and_split() -> None:
     digits = data.load("digits")
-    assert digits.train_x.shape == (1438, 1, 8, 8) and digits.test_x.shape == (359, 1, 8, 8)
-    assert digits.train_y.shape == (1438,) and digits.test_y.shape == (359,)
+    assert digits.train_x.shape == (1438, 1, 8, 8)
+    assert digits.test_x.shape == (359, 1, 8, 8)
+    assert digits.train_y.shape == (1438,)
+    assert digits.test_y.shape == (359,)
     assert (digits.name, digits.num_classes, digits.input_shape) == ("digits", 10, (1, 8, 8))
-    assert digits.train_x.dtype == torch.float32 and digits.train_y.dtype == torch.int64
+    assert digits.train_x.dtype == torch.float32
+    assert digits.train_y.dtype == torch.int64
     train, test = torch.bincount(digits.train_y), torch.bincount(digits.test_y)
     assert len(train) == len(test) == 10
     assert ((test / (train + test) - 0.2).abs() < 0.005).all()
-    assert abs(digits.train_x.mean().item()) < 1e-3 and abs(digits.train_x.std().item() - 1) < 1e-3
+    assert abs(digits.train_x.mean().item()) < 1e-3
+    assert abs(digits.train_x.std().item() - 1) < 1e-3
     assert abs(digits.test_x.mean().item()) < 0.02
     # 17 grey values and nothing else; together the two parts are scikit-learn's images, none lost and none twice.
     assert len(torch.unique(digits.train_x)) == 17
@@ -197,7 +205,8 @@ def test_num_train_takes_the_first_of_a_seeded_shuffle() -> None:
     whole = data.load("digits")
     part = data.load("digits", num_train=100, seed=3)
     chosen = np.random.RandomState(3).permutation(1438)[:100]
-    assert torch.equal(part.train_x, whole.train_x[chosen]) and torch.equal(part.train_y, whole.train_y[chosen])
+    assert torch.equal(part.train_x, whole.train_x[chosen])
+    assert torch.equal(part.train_y, whole.train_y[chosen])
     assert torch.equal(part.test_x, whole.test_x)
     longer = data.load("digits", num_train=200, seed=3)
     assert torch.equal(longer.train_x[:100], part.train_x)
@@ -235,12 +244,15 @@ def test_batches_are_the_samples_of_each_worker() -> None:
     assert batches.steps_per_epoch == 57 // 8 == 7
     for step in (0, 3, 6, 7, 100, 12345):
         batch_x, batch_y = batches.at(step)
-        assert batch_x.shape == (4, 8, 1, 2) and batch_y.shape == (4, 8)
-        assert batch_x.dtype == torch.float32 and batch_y.dtype == torch.int64
+        assert batch_x.shape == (4, 8, 1, 2)
+        assert batch_y.shape == (4, 8)
+        assert batch_x.dtype == torch.float32
+        assert batch_y.dtype == torch.int64
         chosen = batches.indices(step)
         for worker in range(4):
             assert set(chosen[worker].tolist()) <= set(part.indices[worker].tolist())
-        assert torch.equal(batch_x, x[chosen]) and torch.equal(batch_y, y[chosen])
+        assert torch.equal(batch_x, x[chosen])
+        assert torch.equal(batch_y, y[chosen])
         assert batches.epoch(step) == step // 7
 
 
@@ -319,7 +331,8 @@ def test_permutations_are_uniform() -> None:
         _permutations(3, 0, one, many)[:, 0],
     ):
         counts = np.unique(draws, axis=0, return_counts=True)[1]
-        assert len(counts) == 6 and abs(counts - 1000).max() < 150
+        assert len(counts) == 6
+        assert abs(counts - 1000).max() < 150
 
 
 def test_unequal_shards_use_the_smallest_and_batches_keep_the_dtype() -> None:
@@ -328,9 +341,11 @@ def test_unequal_shards_use_the_smallest_and_batches_keep_the_dtype() -> None:
     assert batches.steps_per_epoch == 1
     for step in range(100):
         first, second = batches.indices(step).tolist()
-        assert set(first) <= {0, 1, 2} and set(second) <= {3, 4, 5, 6, 7, 8, 9}
+        assert set(first) <= {0, 1, 2}
+        assert set(second) <= {3, 4, 5, 6, 7, 8, 9}
     batch_x, batch_y = batches.at(4)
-    assert batch_x.dtype == torch.float64 and batch_y.dtype == torch.int32
+    assert batch_x.dtype == torch.float64
+    assert batch_y.dtype == torch.int32
 
 
 def test_a_batch_is_a_copy() -> None:

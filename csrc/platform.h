@@ -1,0 +1,16 @@
+// The few macros that let one source serve the C++ compiler, nvcc and the sanitizers.
+#pragma once
+
+#if defined(__CUDACC__) || defined(QGM_EMULATE_CUDA)
+#define QGM_HD __host__ __device__ __forceinline__
+#else
+#define QGM_HD inline __attribute__((always_inline))
+#endif
+
+// The loops of the CPU drivers touch rows that never overlap (checked in qgm_ext/ops.py), which the
+// compiler cannot know of pointers taken from an array.
+#if defined(__clang__)
+#define QGM_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define QGM_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#endif

@@ -1,0 +1,438 @@
+"""The op surface: schemas, argument checks and dispatch to the native kernels. Nothing else names those modules.
+
+Six ops, registered with torch.library as ``torch.ops.qgm_ext.*``; the first three change tensors in place and return
+nothing:
+
+- ``gossip_step_``: the fused step of n stacked workers: local step, gossip averaging and merge in one pass;
+- ``local_step_``, ``merge_``: the same step of one worker in two halves, around communication;
+- ``squared_norms``, ``consensus_distance``, ``rows_are_finite``: reductions with a fixed order of summation.
+
+What a step computes is said by a *rule*, a name from :func:`rules`; its state vectors and hyper-parameters are listed
+in the header of the rule (csrc/rules). :mod:`qgm_ext.algorithms` maps algorithms to rules. The same step in plain
+PyTorch is in :mod:`qgm_ext.reference`. There is no fallback to slow code: without the native module the first use
+raises an ImportError that says how to build it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Rule",
+    "compute_dtype",
+    "consensus_distance",
+    "gossip_step_",
+    "has_native",
+    "local_step_",
+    "merge_",
+    "rows_are_finite",
+    "rules",
+    "squared_norms",
+]
+
+# The codes of csrc/cpu/registry.h and csrc/mixing.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
+
+
+class Rule(NamedTuple):
+    """What a compiled rule takes: its index in the native table, and how many vectors and numbers."""
+
+    index: int
+    name: str
+    hyper: int
+    states: int
+    messages: int
+    merge_reads_x: bool
+    merge_reads_grad: bool
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic, state and messages have for parameters of ``dtype``: float64, else float32.
+
+    Raises:
+        TypeError: if dtype is not float64, float32, bfloat16 or float16.
+    """
+    if dtype not in _DTYPES:
+        raise TypeError(f"parameters must be float64, float32, bfloat16 or float16, got {dtype}")
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _native(device: str) -> ModuleType:
+    """The native module of a device type, imported after torch so that both share one OpenMP pool."""
+    name = {"cpu": "_cpu", "cuda": "_cuda"}[device]
+    try:
+        return importlib.import_module(f"qgm_ext.{name}")
+    except ImportError as error:
+        how = (
+            "build it with `pip install .` in the source folder (needs a C++17 compiler)"
+            if device == "cpu"
+            else "build it with `QGM_CUDA=1 pip install .` in the source folder (needs nvcc of the CUDA toolkit)"
+        )
+        raise ImportError(
+            f"the native module qgm_ext.{name} could not be imported ({error}): {how}; "
+            "in a source checkout, leave the folder after installing or use `pip install -e .`"
+        ) from error
+
+
+def has_native(device: Literal["cpu", "cuda"]) -> bool:
+    """Whether the native kernels of a device type are built (for cuda: not whether a GPU is present).
+
+    Raises:
+        ValueError: if device is neither "cpu" nor "cuda".
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    try:
+        _native(device)
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _rule_table(device: str) -> dict[str, Rule]:
+    return {entry["name"]: Rule(index, **entry) for index, entry in enumerate(_native(device).rules())}
+
+
+def rules(device: Literal["cpu", "cuda"] = "cpu") -> dict[str, Rule]:
+    """The compiled rules of a device type by name."""
+    return dict(_rule_table(device))
+
+
+def _rule(op: str, device: str, name: str) -> Rule:
+    table = _rule_table(device)
+    rule = table.get(name)
+    if rule is None:
+        near = difflib.get_close_matches(name, table, 1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(table))}"
+        raise ValueError(f"{op}: rule {name!r} is not known{hint}")
+    return rule
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _check_like(
+    op: str, name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        wanted = f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {_describe(tensor)}")
+    if tensor.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(f"{op}: {name} must be contiguous along its last dimension, got strides {tensor.stride()}")
+
+
+def _check_x(op: str, x: Tensor, dimensions: int) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{op}: x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != dimensions or x.numel() == 0:
+        wanted = "[n, D] with n >= 1 and D >= 1" if dimensions == 2 else "[D] with D >= 1"
+        raise ValueError(f"{op}: x must have shape {wanted}, got {list(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{op}: x must be contiguous along its last dimension, got strides {x.stride()}")
+    if dimensions == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{op}: the rows of x must not overlap, got shape {list(x.shape)} with strides {x.stride()}")
+
+
+def _check_disjoint(op: str, written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse buffers that share memory: a kernel would read what it has already overwritten."""
+    spans = []
+    for kind, tensors in ((True, written), (False, read)):
+        for name, tensor in tensors:
+            begin = tensor.data_ptr()
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((begin, begin + extent * tensor.element_size(), kind, name))
+    spans.sort()
+    end, writes, previous = spans[0][1:]
+    for begin, stop, kind, name in spans[1:]:
+        if begin < end and (kind or writes):
+            raise ValueError(f"{op}: {previous} and {name} overlap in memory; each must have its own")
+        if stop > end:
+            end, previous, writes = stop, name, kind
+
+
+def _check_counts(op: str, rule: Rule, state: Sequence[Tensor], hyper: Sequence[float]) -> None:
+    if len(state) != rule.states:
+        raise ValueError(f"{op}: rule {rule.name!r} takes {rule.states} state vectors, got {len(state)}")
+    if len(hyper) != rule.hyper:
+        raise ValueError(f"{op}: rule {rule.name!r} takes {rule.hyper} hyper-parameters, got {len(hyper)}")
+
+
+def _launch(device: torch.device) -> tuple[int, ...]:
+    """What a native call needs besides its data: the thread count, or the device and its current stream."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return (device.index, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _gossip_step(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    row_offsets: Tensor,
+    columns: Tensor,
+    weights: Tensor,
+    form: str,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    op, device = "gossip_step_", x.device
+    _check_x(op, x, 2)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    shape, compute = x.shape, compute_dtype(x.dtype)
+    _check_like(op, "g", g, shape, x.dtype, device)
+    for k, vector in enumerate(state):
+        _check_like(op, f"state[{k}]", vector, shape, compute, device)
+        if vector.stride(0) != state[0].stride(0):
+            raise ValueError(
+                f"{op}: all state vectors must have one row stride, "
+                f"got {state[0].stride(0)} and, for state[{k}], {vector.stride(0)}"
+            )
+    if form not in _FORMS:
+        raise ValueError(f"{op}: form must be one of {', '.join(_FORMS)}, got {form!r}")
+    _check_like(op, "row_offsets", row_offsets, torch.Size((shape[0] + 1,)), torch.int32, device)
+    _check_like(op, "columns", columns, columns.shape, torch.int32, device)
+    _check_like(op, "weights", weights, columns.shape, compute, device)
+    _check_disjoint(op, [("x", x), *((f"state[{k}]", vector) for k, vector in enumerate(state))], [("g", g)])
+    _native(device.type).gossip_step(
+        known.index,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        shape[0],
+        shape[1],
+        x.stride(0),
+        g.stride(0),
+        state[0].stride(0) if state else 0,
+        _FORMS[form],
+        row_offsets.data_ptr(),
+        columns.data_ptr(),
+        weights.data_ptr(),
+        hyper,
+        *_launch(device),
+    )
+
+
+def _local_step(x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]) -> None:
+    op, device = "local_step_", x.device
+    _check_x(op, x, 1)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    if len(messages) != known.messages:
+        raise ValueError(f"{op}: rule {rule!r} makes {known.messages} messages, got {len(messages)} to write")
+    compute = compute_dtype(x.dtype)
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    written = [
+        *((f"state[{k}]", vector) for k, vector in enumerate(state)),
+        *((f"messages[{k}]", message) for k, message in enumerate(messages)),
+    ]
+    for name, vector in written:
+        _check_like(op, name, vector, x.shape, compute, device)
+    _check_disjoint(op, written, [("x", x), ("g", g)])
+    _native(device.type).local_step(
+        known.index,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        [message.data_ptr() for message in messages],
+        x.numel(),
+        hyper,
+        *_launch(device),
+    )
+
+
+def _merge(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    received: list[Tensor],
+    weights: list[float],
+    mean: bool,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    op, device = "merge_", x.device
+    _check_x(op, x, 1)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    if not weights or len(received) != known.messages * len(weights):
+        raise ValueError(
+            f"{op}: rule {rule!r} has {known.messages} messages a worker, so received must hold {known.messages} "
+            f"times as many tensors as there are weights (at least 1), got {len(received)} and {len(weights)}"
+        )
+    compute = compute_dtype(x.dtype)
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    states = [(f"state[{k}]", vector) for k, vector in enumerate(state)]
+    inputs = [(f"received[{k}]", message) for k, message in enumerate(received)]
+    for name, vector in (*states, *inputs):
+        _check_like(op, name, vector, x.shape, compute, device)
+    _check_disjoint(op, [("x", x), *states], [("g", g), *inputs])
+    _native(device.type).merge(
+        known.index,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        [message.data_ptr() for message in received],
+        weights,
+        mean,
+        x.numel(),
+        hyper,
+        *_launch(device),
+    )
+
+
+def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:
+    _check_x(op, x, 2)
+    kernel = getattr(_native(x.device.type), op)
+    kernel(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *_launch(x.device))
+    return out
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    return _reduce("squared_norms", x, torch.empty(x.shape[:1], dtype=torch.float64, device=x.device))
+
+
+def _consensus_distance(x: Tensor) -> Tensor:
+    return _reduce("consensus_distance", x, torch.empty((), dtype=torch.float64, device=x.device))
+
+
+def _rows_are_finite(x: Tensor) -> Tensor:
+    return _reduce("rows_are_finite", x, torch.empty(x.shape[:1], dtype=torch.bool, device=x.device))
+
+
+_library = torch.library.Library("qgm_ext", "DEF")
+_SCHEMAS: dict[str, tuple[str, Any]] = {
+    "gossip_step_": (
+        "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor row_offsets, Tensor columns, Tensor weights, "
+        "str form, str rule, float[] hyper) -> ()",
+        _gossip_step,
+    ),
+    "local_step_": (
+        "(Tensor x, Tensor g, Tensor(a!)[] state, Tensor(b!)[] messages, str rule, float[] hyper) -> ()",
+        _local_step,
+    ),
+    "merge_": (
+        "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor[] received, float[] weights, bool mean, str rule, "
+        "float[] hyper) -> ()",
+        _merge,
+    ),
+    "squared_norms": ("(Tensor x) -> Tensor", _squared_norms),
+    "consensus_distance": ("(Tensor x) -> Tensor", _consensus_distance),
+    "rows_are_finite": ("(Tensor x) -> Tensor", _rows_are_finite),
+}
+for _name, (_schema, _kernel) in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+
+for _name in ("gossip_step_", "local_step_", "merge_"):
+    torch.library.register_fake(f"qgm_ext::{_name}", lambda *args: None, lib=_library)
+torch.library.register_fake("qgm_ext::squared_norms", lambda x: x.new_empty(x.shape[:1], dtype=torch.float64), lib=_library)
+torch.library.register_fake("qgm_ext::consensus_distance", lambda x: x.new_empty((), dtype=torch.float64), lib=_library)
+torch.library.register_fake("qgm_ext::rows_are_finite", lambda x: x.new_empty(x.shape[:1], dtype=torch.bool), lib=_library)
+
+
+def gossip_step_(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    mixing: tuple[Tensor, Tensor, Tensor],
+    form: str,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    """One fused step of n workers: local step, x_new_i = sum_j w_ij message_j, merge. Each number is read once.
+
+    Args:
+        x: parameters, [n, D], float64|float32|bfloat16|float16, rows contiguous, any row stride. Changed in place.
+        g: gradients at x, like x. Not changed.
+        state: the rule's state vectors, each [n, D], float32 (float64 for float64 x), one row stride. Changed in place.
+        mixing: (row_offsets [n + 1] int32, columns [nnz] int32, weights [nnz] in the state's dtype), compressed rows
+            with ascending columns, as :meth:`qgm_ext.mixing.Mixing.tensors` gives them.
+        form: "identity", "mean" (complete graph), "sparse" or "dense".
+        rule: which algorithm, a name from :func:`rules`.
+        hyper: the rule's hyper-parameters in the order of its header.
+
+    Raises:
+        TypeError, ValueError: if a tensor has another shape, dtype, device or layout, tensors overlap, or rule, form
+            or the numbers of states and hyper-parameters don't fit; nothing has been changed then.
+    """
+    torch.ops.qgm_ext.gossip_step_.default(x, g, state, *mixing, form, rule, hyper)
+
+
+def local_step_(
+    x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]
+) -> None:
+    """The half of a step before communication: writes what one worker sends.
+
+    Args:
+        x: parameters, [D], contiguous. Not changed.
+        g: gradient at x, [D]. Not changed.
+        state: the rule's state vectors, each [D], float32 (float64). Changed in place if the rule says so.
+        messages: where the messages go, each [D], in the state's dtype: the send buffers. Written.
+        rule: as in :func:`gossip_step_`.
+        hyper: as in :func:`gossip_step_`.
+
+    Raises:
+        TypeError, ValueError: as in :func:`gossip_step_`.
+    """
+    torch.ops.qgm_ext.local_step_.default(x, g, state, messages, rule, hyper)
+
+
+def merge_(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    received: list[Tensor],
+    weights: list[float],
+    mean: bool,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    """The half of a step after communication: mixes the messages and makes the new parameters and state.
+
+    Args:
+        x: parameters, [D]. Changed in place.
+        g: gradient at the old x, [D]. Not changed.
+        state: the rule's state vectors, each [D]. Changed in place.
+        received: the messages of this worker and its neighbours in ascending worker order: first all workers'
+            message 0, then all workers' message 1, ...; each [D], in the state's dtype. Not changed.
+        weights: the mixing weight of each worker, in the same order.
+        mean: take the plain mean instead of the weights, as the complete graph does.
+        rule: as in :func:`gossip_step_`.
+        hyper: as in :func:`gossip_step_`.
+
+    Raises:
+        TypeError, ValueError: as in :func:`gossip_step_`.
+    """
+    torch.ops.qgm_ext.merge_.default(x, g, state, received, weights, mean, rule, hyper)
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """||x_i||^2 of every row of x [n, D], float64 [n]; the same bits on every device and thread count."""
+    return torch.ops.qgm_ext.squared_norms.default(x)  # type: ignore[no-any-return]
+
+
+def consensus_distance(x: Tensor) -> Tensor:
+    """sqrt((1/n) sum_i ||x_i - x_mean||^2) of x [n, D], a float64 scalar; same bits on every device."""
+    return torch.ops.qgm_ext.consensus_distance.default(x)  # type: ignore[no-any-return]
+
+
+def rows_are_finite(x: Tensor) -> Tensor:
+    """Whether each row of x [n, D] is free of infinities and NaN, bool [n]."""
+    return torch.ops.qgm_ext.rows_are_finite.default(x)  # type: ignore[no-any-return]

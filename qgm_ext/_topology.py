@@ -103,6 +103,7 @@ class Topology(ABC):
         """Return the mixing matrix of one step, [n, n] float64, newly allocated; row i is what worker i receives.
 
         Example:
+            >>> from qgm_ext.topology import ring
             >>> ring(2).matrix().tolist()
             [[0.5, 0.5], [0.5, 0.5]]
         """

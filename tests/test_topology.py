@@ -21,7 +21,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qgm_ext import topology
+from qgm_ext import graphs, topology
 from qgm_ext.topology import Topology
 
 GOLDEN_PAIRS = [[[2], [4], [0], [5], [1], [3]], [[3], [2], [1], [0], [5], [4]]]
@@ -194,6 +194,18 @@ def test_ring_spectrum(n: int, lambda_2: float) -> None:
     assert ring.lambda_2 == pytest.approx((1 + 2 * math.cos(2 * math.pi / n)) / 3, abs=1e-13)
     assert ring.lambda_n == pytest.approx(-1 / 3, abs=1e-13)
     assert ring.spectral_gap == pytest.approx(1 - ring.lambda_2, abs=1e-15)
+
+
+def test_spectral_gap_counts_negative_eigenvalues() -> None:
+    reluctant = np.array([[0.1, 0.45, 0, 0.45], [0.45, 0.1, 0.45, 0], [0, 0.45, 0.1, 0.45], [0.45, 0, 0.45, 0.1]])
+    graph = topology.from_matrix(reluctant)
+    np.testing.assert_allclose(graph.eigenvalues, [1, 0.1, 0.1, -0.8], atol=1e-14)
+    assert graph.spectral_gap == pytest.approx(0.2, abs=1e-14)
+
+
+def test_unreached_follows_messages_from_sender_to_receiver() -> None:
+    chain = graphs.edges(4, receivers=[1, 2], senders=[0, 1])  # 0 -> 1 -> 2, and 3 alone
+    assert [graphs.unreached(4, chain, start) for start in range(4)] == [[3], [0, 3], [0, 1, 3], [0, 1, 2]]
 
 
 def test_social_network() -> None:
@@ -413,7 +425,9 @@ def test_random_matching_depends_on_seed_and_step_alone() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(forward, backward, strict=True))
     assert len({matrix.tobytes() for matrix in forward}) == 30, "every step draws anew"
     assert not np.array_equal(forward[0], topology.random_matching(16, seed=2).matrix(0))
-    assert one.neighbors(0, step=2**40) == other.neighbors(0, step=2**40)
+    assert np.array_equal(one.matrix(2**40), other.matrix(2**40))
+    for step in (256, 2**32, 2**40):
+        assert not np.array_equal(one.matrix(step), one.matrix(0)), step
 
 
 def test_random_matching_golden() -> None:
@@ -764,13 +778,12 @@ def test_plot_draws_every_worker_edge_and_step() -> None:
 
 @pytest.mark.parametrize("name", ["ring", "chain", "star", "torus", "hypercube", "social", "erdos_renyi", "complete"])
 def test_no_two_workers_are_drawn_on_one_spot(name: str) -> None:
-    from qgm_ext import graphs
-
     for n in (32,) if name == "social" else (2, 4, 16, 32, 64):
         graph = topology.get(name, n)
         spots = graphs.positions(name, n, graphs.off_diagonal_edges(graph.mixing()))
         apart = np.linalg.norm(spots[:, None] - spots[None], axis=2) + 9 * np.eye(n)
-        assert spots.shape == (n, 2) and apart.min() > 0.04, (name, n)
+        assert spots.shape == (n, 2)
+        assert apart.min() > 0.04, (name, n)
 
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Parameters and gradients as slices of flat, aligned buffers, so that one pass can step them all.
+
+Holds the layout and the views. Who owns the buffers, and when views must be bound again, is the business of
+:mod:`qgm_ext.simulator` and :mod:`qgm_ext.optim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["ALIGNMENT", "FlatLayout", "padded"]
+
+ALIGNMENT = 64  # elements: a cache line or more of every storage type, and whole vectors on every device
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to a multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class FlatLayout:
+    """Where each tensor of a list lies in a flat buffer: one after the other, each start aligned.
+
+    The gaps are part of the buffer and hold zeros: zero parameters with zero gradients stay zero under every rule.
+
+    Args:
+        shapes: the shapes, in order.
+
+    Attributes:
+        shapes, offsets: of each tensor. size: elements of the buffer, a multiple of ALIGNMENT.
+
+    Example:
+        >>> layout = FlatLayout([(2, 3), (5,)])
+        >>> layout.offsets, layout.size
+        ((0, 64), 128)
+    """
+
+    def __init__(self, shapes: Iterable[Sequence[int]]) -> None:
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        offsets, end = [], 0
+        for shape in self.shapes:
+            offsets.append(end)
+            end += padded(shape.numel())
+        self.offsets = tuple(offsets)
+        self.size = end
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The tensors as views of a flat buffer, [..., size] -> each [..., *shape]."""
+        if buffer.shape[-1] != self.size:
+            raise ValueError(f"buffer must have {self.size} elements in its last dimension, got {list(buffer.shape)}")
+        lead = buffer.shape[:-1]
+        return [
+            buffer.narrow(-1, offset, shape.numel()).view(*lead, *shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
+
+    def allocate(self, *lead: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A zeroed buffer [*lead, size]."""
+        return torch.zeros(*lead, self.size, dtype=dtype, device=device)

@@ -1,0 +1,189 @@
+"""StackedOptimizer: the parameters, gradients and state of n workers on one device, stepped by one fused pass.
+
+It knows vectors, not models (:mod:`qgm_ext.simulator`) and not process groups (:mod:`qgm_ext.distributed`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qgm_ext import algorithms, ops
+from qgm_ext.algorithms import Algorithm, check_number
+from qgm_ext.flat import padded
+from qgm_ext.topology import Topology
+
+__all__ = ["NonFiniteGradientError", "OnNonfinite", "StackedOptimizer"]
+
+OnNonfinite = Literal["raise", "skip", "ignore"]
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient held an infinity or NaN; parameters and state are as before the step."""
+
+
+class StackedOptimizer:
+    """Decentralized training of n workers whose parameters are the rows of one matrix.
+
+    Args:
+        x: parameters, [n, D], float64|float32|bfloat16|float16, rows contiguous, any row stride. Kept, and updated in
+            place; all workers usually start from the same row. ``opt.x`` is always the point at which the next
+            gradient is to be taken.
+        topology: who averages with whom, of n workers (:mod:`qgm_ext.topology`).
+        algorithm: a name from :func:`qgm_ext.algorithms.names`, or an Algorithm.
+        on_nonfinite: what a gradient with an infinity or NaN does: "ignore" steps all the same, as torch does; "skip"
+            leaves everything as it is and counts the step in ``skipped_steps``; "raise" leaves everything as it is
+            and raises. The last two read the gradient once more, and wait for the device.
+        **hyper: hyper-parameters of the algorithm, if it is given by name: lr, momentum, ...
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit; it is named with what was expected and what came.
+
+    Example:
+        >>> import qgm_ext as qgm
+        >>> x = torch.zeros(4, 3)
+        >>> opt = qgm.StackedOptimizer(x, qgm.topology.ring(4), "qg_dsgdm_n", lr=0.5, momentum=0.0)
+        >>> opt.step(torch.ones(4, 3))
+        >>> opt.x[0].tolist()
+        [-0.5, -0.5, -0.5]
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        topology: Topology,
+        algorithm: str | Algorithm,
+        *,
+        on_nonfinite: OnNonfinite = "ignore",
+        **hyper: Any,
+    ) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        compute = ops.compute_dtype(x.dtype)
+        if x.dim() != 2 or x.numel() == 0:
+            raise ValueError(f"x must have shape [n, D] with n >= 1 and D >= 1, got {list(x.shape)}")
+        if (x.shape[1] > 1 and x.stride(1) != 1) or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
+            raise ValueError(f"x must have contiguous rows that don't overlap, got strides {x.stride()}")
+        if not isinstance(topology, Topology):
+            raise TypeError(f"topology must be a qgm_ext.topology.Topology, got {type(topology).__name__}")
+        if topology.num_workers != x.shape[0]:
+            raise ValueError(f"topology has {topology.num_workers} workers, but x has {x.shape[0]} rows")
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f"on_nonfinite must be one of {', '.join(get_args(OnNonfinite))}, got {on_nonfinite!r}")
+        if isinstance(algorithm, str):
+            algorithm = algorithms.get(algorithm, **hyper)
+        elif not isinstance(algorithm, Algorithm):
+            raise TypeError(f"algorithm must be a name or an Algorithm, got {type(algorithm).__name__}")
+        elif hyper:
+            raise TypeError(f"hyper-parameters ({', '.join(hyper)}) go with an algorithm's name; change the Algorithm")
+        self.x = x.detach()
+        self.topology = topology
+        self.algorithm = algorithm
+        self.lr = algorithm.lr
+        self.on_nonfinite = on_nonfinite
+        self.num_steps = 0
+        self.skipped_steps = 0
+        n, dim = x.shape
+        self._state = {
+            name: torch.zeros(n, padded(dim), dtype=compute, device=x.device)[:, :dim] for name in algorithm.state_names
+        }
+        self._vectors = list(self._state.values())
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The state vectors by name, each [n, D], float32 (float64 for float64 parameters)."""
+        return dict(self._state)
+
+    @torch.no_grad()
+    def step(self, g: Tensor, lr: float | None = None) -> None:
+        """One step of all workers: local step, gossip averaging, new parameters and state.
+
+        Args:
+            g: gradients at ``opt.x``, like x; not changed.
+            lr: step size of this step alone; None takes ``opt.lr``, which may be assigned.
+
+        Raises:
+            TypeError, ValueError: if g or lr does not fit.
+            NonFiniteGradientError: with on_nonfinite="raise". In every case x and state are untouched.
+        """
+        eta = self.lr if lr is None else lr
+        check_number("lr", eta, low=0.0)
+        if not isinstance(g, Tensor):
+            raise TypeError(f"g must be a torch.Tensor, got {type(g).__name__}")
+        if self.on_nonfinite != "ignore" and not self._gradient_is_finite(g):
+            self.skipped_steps += 1
+            return
+        mixing = self.topology.mixing(self.num_steps)
+        ops.gossip_step_(
+            self.x,
+            g,
+            self._vectors,
+            mixing.tensors(self.x.device, ops.compute_dtype(self.x.dtype)),
+            mixing.form,
+            self.algorithm.rule,
+            self.algorithm.hyper(self.num_steps, eta),
+        )
+        self.num_steps += 1
+
+    def _gradient_is_finite(self, g: Tensor) -> bool:
+        finite = ops.rows_are_finite(g)
+        if finite.all():
+            return True
+        if self.on_nonfinite == "raise":
+            bad = (~finite).nonzero().flatten().tolist()
+            raise NonFiniteGradientError(
+                f"the gradient of worker{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} is not finite in step "
+                f"{self.num_steps}; parameters and state are as before it (on_nonfinite='skip' leaves such steps out)"
+            )
+        return False
+
+    def consensus_distance(self) -> float:
+        """How far the workers are apart: sqrt((1/n) sum_i ||x_i - mean||^2)."""
+        return float(ops.consensus_distance(self.x))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs besides x: algorithm, step number, lr and the state vectors (not copied)."""
+        return {
+            "algorithm": self.algorithm.describe(),
+            "num_steps": self.num_steps,
+            "skipped_steps": self.skipped_steps,
+            "lr": self.lr,
+            "state": dict(self._state),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state_dict of the same algorithm, copying its vectors.
+
+        Raises:
+            ValueError: if it is of another algorithm or shape, or incomplete; nothing has been changed then.
+        """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict lacks {', '.join(sorted(missing))}")
+        mine, theirs = self.algorithm.describe(), state_dict["algorithm"]
+        if mine != theirs:
+            differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            raise ValueError(
+                "state_dict is of another algorithm: "
+                + ", ".join(f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} here" for key in differing)
+            )
+        state = state_dict["state"]
+        if state.keys() != self._state.keys():
+            raise ValueError(f"state_dict must hold the state vectors {sorted(self._state)}, got {sorted(state)}")
+        for name, vector in self._state.items():
+            if state[name].shape != vector.shape or state[name].dtype != vector.dtype:
+                raise ValueError(
+                    f"state {name} must be {list(vector.shape)} {vector.dtype}, "
+                    f"got {list(state[name].shape)} {state[name].dtype}"
+                )
+        for name, vector in self._state.items():
+            vector.copy_(state[name])
+        self.num_steps = state_dict["num_steps"]
+        self.skipped_steps = state_dict["skipped_steps"]
+        self.lr = state_dict["lr"]
+
+    def __repr__(self) -> str:
+        n, dim = self.x.shape
+        return f"StackedOptimizer({n} workers, D={dim}, {self.topology.name}, {self.algorithm})"

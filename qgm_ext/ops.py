@@ -221,6 +221,7 @@ def _gossip_step(
         row_offsets.data_ptr(),
         columns.data_ptr(),
         weights.data_ptr(),
+        columns.numel(),
         hyper,
         *_launch(device),
     )

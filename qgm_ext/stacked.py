@@ -112,6 +112,11 @@ class StackedOptimizer:
         check_number("lr", eta, low=0.0)
         if not isinstance(g, Tensor):
             raise TypeError(f"g must be a torch.Tensor, got {type(g).__name__}")
+        if g.shape != self.x.shape or g.dtype != self.x.dtype or g.device != self.x.device:
+            raise ValueError(
+                f"g must be like x, {list(self.x.shape)} {self.x.dtype} on {self.x.device}, "
+                f"got {list(g.shape)} {g.dtype} on {g.device}"
+            )
         if self.on_nonfinite != "ignore" and not self._gradient_is_finite(g):
             self.skipped_steps += 1
             return

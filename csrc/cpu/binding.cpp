@@ -41,8 +41,13 @@ void expect(const RuleEntry& rule, const char* what, Count expected, size_t got)
 }
 
 // A damaged mixing matrix must not become a read out of bounds.
-void check_mixing(const qgm::Mixing& mixing, int64_t rows) {
+void check_mixing(const qgm::Mixing& mixing, int64_t rows, int64_t entries) {
   if (mixing.form != qgm::MixingForm::kSparse) return;
+  if (mixing.row_offsets[0] != 0 || mixing.row_offsets[rows] != entries) {
+    throw py::value_error("gossip_step_: row_offsets of the mixing matrix end at " +
+                          std::to_string(mixing.row_offsets[rows]) + ", but it has " + std::to_string(entries) +
+                          " entries");
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t begin = mixing.row_offsets[i], end = mixing.row_offsets[i + 1];
     if (begin >= end) throw py::value_error("gossip_step_: row " + std::to_string(i) + " of the mixing matrix is empty");
@@ -61,7 +66,7 @@ void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 void py_gossip_step(int rule, int dtype, Address x, Address g, const std::vector<Address>& state, int64_t rows,
                     int64_t cols, int64_t x_stride, int64_t g_stride, int64_t state_stride, int form,
-                    Address row_offsets, Address columns, Address weights, const std::vector<double>& hyper,
+                    Address row_offsets, Address columns, Address weights, int64_t entries, const std::vector<double>& hyper,
                     int threads) {
   const RuleEntry& r = entry(rule);
   expect(r, "state vectors", r.states, state.size());
@@ -77,7 +82,7 @@ void py_gossip_step(int rule, int dtype, Address x, Address g, const std::vector
   a.state_stride = state_stride;
   a.mixing = {qgm::MixingForm(form), static_cast<const int32_t*>(pointer(row_offsets)),
               static_cast<const int32_t*>(pointer(columns)), pointer(weights)};
-  check_mixing(a.mixing, rows);
+  check_mixing(a.mixing, rows, entries);
   a.hyper = hyper.data();
   a.threads = threads;
   a.simd = g_simd;

@@ -1,0 +1,324 @@
+"""The native ops: same bits on every path, and every wrong argument named.
+
+Compared with torch.equal: the fused pass, the local_step_/merge_ pair, every SIMD level, thread counts, and plain
+numpy (numpy_rules).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from numpy_rules import RULES, gossip_step
+from qgm_ext import _cpu, ops, reference, topology
+from qgm_ext.mixing import Mixing
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES = [1, 15, 16, 17, 127, 128, 129, 1001]
+TOPOLOGIES = {
+    "identity": lambda n: topology.from_matrix(np.eye(n), allow_disconnected=True),
+    "ring": topology.ring,
+    "star": topology.star,
+    "complete": topology.complete,
+    "one_peer": topology.one_peer_exponential,
+}
+
+
+def hyper_of(rule: str, lr: float = 0.1) -> list[float]:
+    values = {2: [lr, 1e-2], 3: [lr, 0.9, 1e-2], 4: [lr, 0.9, 0.8, 1e-2], 6: [lr, 0.9, 0.8, 1e-2, 3.0, 1.0]}
+    return values[ops.rules()[rule].hyper]
+
+
+def problem(rule: str, n: int, dim: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x, g = (torch.randn(n, dim, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    compute = ops.compute_dtype(dtype)
+    state = [torch.randn(n, dim, generator=generator, dtype=torch.float64).to(compute) for _ in range(ops.rules()[rule].states)]
+    return x, g, *state
+
+
+def fused(x: torch.Tensor, g: torch.Tensor, state: list[torch.Tensor], mixing: Mixing, rule: str, hyper: list[float]):
+    x, state = x.clone(), [vector.clone() for vector in state]
+    ops.gossip_step_(x, g, state, mixing.tensors("cpu", ops.compute_dtype(x.dtype)), mixing.form, rule, hyper)
+    return x, state
+
+
+def split(x: torch.Tensor, g: torch.Tensor, state: list[torch.Tensor], mixing: Mixing, rule: str, hyper: list[float]):
+    """The same step by local_step_ and merge_, one call a worker."""
+    x, state = x.clone(), [vector.clone() for vector in state]
+    n, compute, count = len(x), ops.compute_dtype(x.dtype), ops.rules()[rule].messages
+    messages = [[torch.full(x.shape[1:], float("nan"), dtype=compute) for _ in range(count)] for _ in range(n)]
+    for i in range(n):
+        ops.local_step_(x[i], g[i], [vector[i] for vector in state], messages[i], rule, hyper)
+    for i in range(n):
+        columns, weights = mixing.row(i)
+        received = [messages[j][k] for k in range(count) for j in columns]
+        ops.merge_(
+            x[i], g[i], [vector[i] for vector in state], received, weights.tolist(), mixing.form == "mean", rule, hyper
+        )
+    return x, state
+
+
+def assert_same_bits(a, b) -> None:
+    for left, right in zip([a[0], *a[1]], [b[0], *b[1]], strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right), f"{(left != right).sum()} of {left.numel()} differ"
+
+
+@pytest.fixture
+def restore_simd_and_threads():
+    level, threads = _cpu.simd_level(), torch.get_num_threads()
+    yield
+    _cpu.set_simd_level(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("rule", RULES)
+def test_gossip_step_equals_numpy_and_split_step(rule, dtype):
+    for n, dim, (name, build) in itertools.product([1, 2, 3, 8], SIZES, TOPOLOGIES.items()):
+        x, g, *state = problem(rule, n, dim, dtype, seed=dim)
+        mixing, hyper = build(n).mixing(0), hyper_of(rule)
+        result = fused(x, g, state, mixing, rule, hyper)
+        assert_same_bits(result, gossip_step(x, g, state, mixing, rule, hyper))
+        assert_same_bits(result, split(x, g, state, mixing, rule, hyper))
+        assert torch.isfinite(result[0]).all(), (n, dim, name)
+
+
+def test_every_compiled_rule_has_a_numpy_text():
+    assert set(RULES) == set(ops.rules())
+
+
+@pytest.mark.parametrize("degree", [2, 3, 4, 5, 6, 7, 8, 9, 13])
+def test_rows_of_every_degree_are_summed_in_ascending_order(degree):
+    n = 13
+    matrix = sum(np.roll(np.eye(n), shift, axis=1) for shift in range(degree)) / degree
+    mixing = Mixing.from_csr(
+        np.arange(n + 1) * degree, np.nonzero(matrix)[1], np.linspace(0.1, 1.0, n * degree)
+    )
+    x, g, *state = problem("qg_dsgdm_n", n, 300, torch.float32)
+    hyper = hyper_of("qg_dsgdm_n")
+    assert_same_bits(
+        fused(x, g, state, mixing, "qg_dsgdm_n", hyper), gossip_step(x, g, state, mixing, "qg_dsgdm_n", hyper)
+    )
+
+
+@pytest.mark.usefixtures("restore_simd_and_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("rule", RULES)
+def test_bits_do_not_depend_on_simd_level_or_threads(rule, dtype):
+    n, dim = 5, 200_001  # large enough for several threads
+    x, g, *state = problem(rule, n, dim, dtype)
+    mixing, hyper = topology.ring(n).mixing(), hyper_of(rule)
+    results, reductions = [], []
+    levels = ["baseline", "avx2", "avx512"]
+    for level in levels[: levels.index(_cpu.build_info()["simd_best"]) + 1]:
+        for threads in (1, 2, 3, 7):
+            _cpu.set_simd_level(level)
+            torch.set_num_threads(threads)
+            results.append(fused(x, g, state, mixing, rule, hyper))
+            results.append(split(x, g, state, mixing, rule, hyper))
+            reductions.append((ops.squared_norms(x), [ops.consensus_distance(x)]))
+    assert len(results) >= 8
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    for other in reductions[1:]:
+        assert_same_bits(reductions[0], other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_sixteen_bit_values_convert_as_torch_does(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.reshape(2, -1).clone()
+    identity = topology.from_matrix(np.eye(2), allow_disconnected=True).mixing()
+    zero = torch.zeros_like(x)
+    unchanged, _ = fused(x, zero, [], identity, "dsgd", [0.0, 0.0])
+    finite = torch.isfinite(x)
+    assert torch.equal(unchanged[finite], x[finite])
+    assert torch.isnan(unchanged[torch.isnan(x)]).all()
+    # Rounding: -eta g with x = 0 takes float32 values between and beyond the 16-bit ones, subnormals included.
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(2, 400_000, generator=generator).mul_(10.0 ** torch.randint(-9, 6, (2, 400_000), generator=generator))
+    g = g.to(dtype)
+    for eta in (0.1, 1 / 3, 7.77):
+        rounded, _ = fused(torch.zeros_like(g), g, [], identity, "dsgd", [eta, 0.0])
+        expected = (0 - torch.tensor(eta, dtype=torch.float32) * g.float()).to(dtype)
+        keep = torch.isfinite(g)
+        assert torch.equal(rounded[keep], expected[keep])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.startswith("qg")])
+def test_lr_zero_moves_x_by_mixing_alone_and_keeps_the_momentum(rule):
+    x, g, *state = problem(rule, 4, 50, torch.float64)
+    x_new, state_new = fused(x, g, state, topology.ring(4).mixing(), rule, hyper_of(rule, lr=0.0))
+    torch.testing.assert_close(x_new, torch.tensor(topology.ring(4).matrix()) @ x, rtol=1e-14, atol=1e-14)
+    for before, after in zip(state, state_new, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_rows_with_any_stride_are_stepped_and_padding_is_untouched():
+    rule, n, dim = "qg_dsgdm_n", 3, 100
+    mixing, hyper = topology.ring(n).mixing(), hyper_of(rule)
+    x, g, m = problem(rule, n, dim, torch.float32)
+    wide = [torch.full((n, dim + extra), 7.0) for extra in (1, 28, 3)]
+    for buffer, values in zip(wide, (x, g, m), strict=True):
+        buffer[:, :dim] = values
+    xv, gv, mv = (buffer[:, :dim] for buffer in wide)
+    ops.gossip_step_(xv, gv, [mv], mixing.tensors(), mixing.form, rule, hyper)
+    assert_same_bits((xv, [mv]), fused(x, g, [m], mixing, rule, hyper))
+    assert all((buffer[:, dim:] == 7.0).all() for buffer in wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dim", [1, 255, 256, 257, 4096, 4097, 70_000])
+def test_reductions_match_the_reference(dtype, dim):
+    x = torch.randn(5, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ops.squared_norms(x), reference.squared_norms(x), rtol=tolerance, atol=0)
+    torch.testing.assert_close(ops.consensus_distance(x), reference.consensus_distance(x), rtol=tolerance, atol=1e-12)
+    assert ops.rows_are_finite(x).tolist() == [True] * 5
+    x[1, dim - 1], x[3, 0] = float("inf"), float("nan")
+    assert ops.rows_are_finite(x).tolist() == [True, False, True, False, True] == reference.rows_are_finite(x).tolist()
+
+
+def test_squared_norm_follows_its_documented_order_of_summation():
+    x = torch.randn(1, 10_000, generator=torch.Generator().manual_seed(3))
+    total = 0.0
+    for block in np.split(x[0].numpy(), [4096, 8192]):
+        lanes = np.zeros(256, np.float32)
+        for begin in range(0, len(block), 256):
+            part = block[begin : begin + 256]
+            lanes[: len(part)] = lanes[: len(part)] + part * part
+        half = 128
+        while half:
+            lanes[:half] = lanes[:half] + lanes[half : 2 * half]
+            half //= 2
+        total += float(lanes[0])
+    assert ops.squared_norms(x).item() == total
+
+
+def test_consensus_distance_of_two_workers_by_hand():
+    x = torch.tensor([[0.0, 4.0], [2.0, 0.0]])  # means 1 and 2: squares 1 + 4 for each worker
+    assert ops.consensus_distance(x).item() == pytest.approx(5.0**0.5)
+    assert ops.consensus_distance(x[:1]).item() == 0.0
+
+
+def call_gossip(**changes):
+    x, g, m = problem("qg_dsgdm_n", 3, 8, torch.float32)
+    mixing = topology.ring(3).mixing()
+    arguments = {
+        "x": x, "g": g, "state": [m], "mixing": mixing.tensors(), "form": "sparse",
+        "rule": "qg_dsgdm_n", "hyper": hyper_of("qg_dsgdm_n"),
+    }  # fmt: skip
+    arguments.update(changes)
+    before = [t.clone() for t in (arguments["x"], *arguments["state"])]
+    try:
+        ops.gossip_step_(**arguments)
+    except (TypeError, ValueError):
+        after = [arguments["x"], *arguments["state"]]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        raise
+
+
+SHARED = torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, TypeError, "x must be float64, float32, bfloat16 or float16, got"),
+        ({"x": torch.zeros(24)}, ValueError, r"x must have shape \[n, D\] with n >= 1 and D >= 1, got \[24\]"),
+        ({"x": torch.zeros(0, 8)}, ValueError, r"n >= 1 and D >= 1, got \[0, 8\]"),
+        ({"x": torch.zeros(8, 3).T}, ValueError, "x must be contiguous along its last dimension"),
+        ({"x": torch.zeros(1, 8).expand(3, 8)}, ValueError, "rows of x must not overlap"),
+        ({"g": torch.zeros(3, 9)}, ValueError, r"g must be \[3, 8\] float32 on cpu, got \[3, 9\] float32 on cpu"),
+        ({"g": torch.zeros(3, 8, dtype=torch.float64)}, ValueError, "g must be .* float32 on cpu, got .* float64"),
+        ({"g": torch.zeros(8, 3).T}, ValueError, "g must be contiguous along its last dimension"),
+        ({"state": []}, ValueError, "'qg_dsgdm_n' takes 1 state vectors, got 0"),
+        ({"state": [torch.zeros(3, 8, dtype=torch.float64)]}, ValueError, r"state\[0\] must be .* float32"),
+        ({"hyper": [0.1]}, ValueError, "takes 4 hyper-parameters, got 1"),
+        ({"rule": "qg_dsgdm_m"}, ValueError, "rule 'qg_dsgdm_m' is not known, did you mean"),
+        ({"form": "spars"}, ValueError, "form must be one of"),
+        ({"mixing": topology.ring(4).mixing().tensors()}, ValueError, r"row_offsets must be \[4\] int32"),
+        ({"mixing": topology.ring(3).mixing().tensors(dtype=torch.float64)}, ValueError, "weights must be .* float32"),
+        ({"x": SHARED[0], "g": SHARED[0]}, ValueError, "x and g overlap in memory|g and x overlap"),
+        ({"x": SHARED[0], "state": [SHARED[0]]}, ValueError, "overlap in memory"),
+    ],
+)  # fmt: skip
+def test_gossip_step_names_the_wrong_argument(changes, error, message):
+    with pytest.raises(error, match=message):
+        call_gossip(**changes)
+
+
+def test_damaged_mixing_matrix_is_refused_not_read_out_of_bounds():
+    offsets, columns, weights = topology.star(3).mixing().tensors()
+    far = columns.clone()
+    far[0] = 3
+    with pytest.raises(ValueError, match="row 0 of the mixing matrix names worker 3, there are 3"):
+        call_gossip(mixing=(offsets, far, weights))
+    empty = offsets.clone()
+    empty[1] = 0
+    with pytest.raises(ValueError, match="row 0 of the mixing matrix is empty"):
+        call_gossip(mixing=(empty, columns, weights))
+    long = offsets.clone()
+    long[3] = 100
+    with pytest.raises(ValueError, match="row_offsets of the mixing matrix end at 100, but it has"):
+        call_gossip(mixing=(long, columns, weights))
+
+
+def test_split_ops_name_the_wrong_argument():
+    x, g, m = (row[0] for row in problem("qg_dsgdm_n", 1, 8, torch.float32))
+    hyper, out = hyper_of("qg_dsgdm_n"), torch.zeros(8)
+    with pytest.raises(ValueError, match=r"x must have shape \[D\]"):
+        ops.local_step_(x[None], g, [m], [out], "qg_dsgdm_n", hyper)
+    with pytest.raises(ValueError, match="makes 1 messages, got 2"):
+        ops.local_step_(x, g, [m], [out, out.clone()], "qg_dsgdm_n", hyper)
+    with pytest.raises(ValueError, match=r"messages\[0\] must be \[8\] float32"):
+        ops.local_step_(x, g, [m], [out[:4]], "qg_dsgdm_n", hyper)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        ops.local_step_(x, g, [m], [x], "qg_dsgdm_n", hyper)
+    with pytest.raises(ValueError, match="as many tensors as there are weights"):
+        ops.merge_(x, g, [m], [out], [0.5, 0.5], False, "qg_dsgdm_n", hyper)
+    with pytest.raises(ValueError, match="as many tensors as there are weights"):
+        ops.merge_(x, g, [m], [], [], False, "qg_dsgdm_n", hyper)
+    with pytest.raises(ValueError, match=r"received\[0\] must be \[8\] float32"):
+        ops.merge_(x, g, [m], [out.double()], [1.0], False, "qg_dsgdm_n", hyper)
+
+
+def test_ops_pass_opcheck():
+    x, g, m = problem("qg_dsgdm_n", 4, 33, torch.float32)
+    mixing, hyper = topology.ring(4).mixing(), hyper_of("qg_dsgdm_n")
+    library = torch.ops.qgm_ext
+    torch.library.opcheck(
+        library.gossip_step_.default, (x, g, [m], *mixing.tensors(), mixing.form, "qg_dsgdm_n", hyper)
+    )
+    out = torch.zeros(33)
+    torch.library.opcheck(library.local_step_.default, (x[0], g[0], [m[0]], [out], "qg_dsgdm_n", hyper))
+    torch.library.opcheck(
+        library.merge_.default, (x[0], g[0], [m[0]], [out, x[1].clone()], [0.5, 0.5], False, "qg_dsgdm_n", hyper)
+    )
+    for reduction in (library.squared_norms, library.consensus_distance, library.rows_are_finite):
+        torch.library.opcheck(reduction.default, (x,))
+
+
+@pytest.mark.slow
+def test_ops_run_under_torch_compile():
+    x, g, m = problem("qg_dsgdm_n", 4, 33, torch.float32)
+    mixing, hyper = topology.ring(4).mixing(), hyper_of("qg_dsgdm_n")
+    expected = fused(x, g, [m], mixing, "qg_dsgdm_n", hyper)
+
+    def step(x, g, m, *tensors):
+        ops.gossip_step_(x, g * 1.0, [m], tensors, mixing.form, "qg_dsgdm_n", hyper)
+        return x.sum()
+
+    torch.compile(step, backend="aot_eager", fullgraph=True)(x, g, m, *mixing.tensors())
+    assert_same_bits((x, [m]), expected)
+
+
+def test_has_native_knows_its_devices():
+    assert ops.has_native("cpu")
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
+        ops.has_native("tpu")

@@ -307,7 +307,7 @@ def test_global_races_between_threads_and_blocks() -> None:
         run(kernel(read, ["x", "y"]), {"x": words(64), "y": words(1)}, grid=2)
     write = neighbour + "ld.global.u32 %r4, [%d5]; st.global.u32 [%d3], %r1;"
     for max_lanes in (32, 64):  # blocks one after the other, and together
-        with pytest.raises(Race, match="(reads|writes) what thread 0 of block"):
+        with pytest.raises(Race, match=r"(reads|writes) what thread 0 of block"):
             run(kernel(write, ["x", "y"]), {"x": words(64), "y": words(1)}, grid=2, max_lanes=max_lanes)
     # a barrier orders the threads of a block, never two blocks
     inside = ADDRESSES + "xor.b64 %d5, %d2, 4; add.s64 %d5, %d5, %d10; st.global.u32 [%d3], %r1; bar.sync 0; " \

@@ -182,11 +182,8 @@ class Decoder:
 
 
 def source_of(instruction: syntax.Instruction, files: Mapping[int, str]) -> str:
-    """``file:line`` of the CUDA source, empty when compiled without -lineinfo."""
-    if instruction.source is None:
-        return ""
-    number, line = instruction.source
-    return f"{files.get(number, '?').rsplit('/', 1)[-1]}:{line}"
+    """``file:line`` of the CUDA source, and of the kernel's line it was inlined at; empty without -lineinfo."""
+    return " in ".join(f"{files.get(number, '?').rsplit('/', 1)[-1]}:{line}" for number, line in instruction.source)
 
 
 def _write(batch: Batch, lanes: Lanes, slot: int, bits: np.dtype[Any], value: Any) -> None:

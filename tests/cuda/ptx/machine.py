@@ -145,19 +145,8 @@ class Machine:
         ]
 
     def _decode(self, kernel: Kernel) -> Program:
-        addresses: dict[str, int] = {name: a.base for name, a in self.variables.items()}
-        sizes = {"shared": 0, "local": 0}
-        named = {o.name for i in kernel.instructions for o in _symbols(i)}
-        outer = [v for v in self.module.variables.values() if v.space in sizes and v.name in named]
-        dynamic = [v for v in outer if v.external]
-        for variable in [v for v in outer if not v.external] + kernel.variables:
-            offset = -(-sizes[variable.space] // variable.align) * variable.align
-            addresses[variable.name] = offset
-            sizes[variable.space] = offset + variable.size
-        if dynamic:  # all extern arrays name the same bytes, after the static ones
-            align = max(v.align for v in dynamic)
-            sizes["shared"] = -(-sizes["shared"] // align) * align
-            addresses.update({v.name: sizes["shared"] for v in dynamic})
+        offsets, sizes = _layout(self.module, kernel)
+        addresses = {name: a.base for name, a in self.variables.items()} | offsets
         decoder = Decoder(kernel, addresses, self.memory, self.statistics, self.module.files)
         steps: list[Step | None] = []
         controls: dict[int, Control] = {}
@@ -253,6 +242,28 @@ class Machine:
             fault.block, fault.thread = batch.place_of(int(lanes.index[fault.position]))
             place += f"\n  block {fault.block}, thread {fault.thread}"
         fault.locate(place)
+
+
+def _layout(module: Module, kernel: Kernel) -> tuple[dict[str, int], dict[str, int]]:
+    """Offsets of the kernel's shared and local variables, and the bytes that the static ones take, by state space."""
+    offsets: dict[str, int] = {}
+    sizes = {"shared": 0, "local": 0}
+    named = {o.name for i in kernel.instructions for o in _symbols(i)}
+    outer = [v for v in module.variables.values() if v.space in sizes and v.name in named]
+    for variable in [v for v in outer if not v.external] + kernel.variables:
+        offset = -(-sizes[variable.space] // variable.align) * variable.align
+        offsets[variable.name] = offset
+        sizes[variable.space] = offset + variable.size
+    if dynamic := [v for v in outer if v.external]:  # all extern arrays name the same bytes, after the static ones
+        align = max(v.align for v in dynamic)
+        sizes["shared"] = -(-sizes["shared"] // align) * align
+        offsets.update({v.name: sizes["shared"] for v in dynamic})
+    return offsets, sizes
+
+
+def static_shared_bytes(module: Module, kernel: Kernel) -> int:
+    """Shared memory that every block of the kernel has before any dynamic one."""
+    return _layout(module, kernel)[1]["shared"]
 
 
 def _symbols(instruction: Instruction) -> list[syntax.Symbol]:
@@ -450,4 +461,4 @@ def pack(*values: Any) -> bytes:
     return b"".join(np.asarray(v).tobytes() for v in values)
 
 
-__all__ = ["LaunchResult", "Machine", "Program", "pack"]
+__all__ = ["LaunchResult", "Machine", "Program", "pack", "static_shared_bytes"]

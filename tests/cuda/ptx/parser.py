@@ -90,7 +90,8 @@ class Instruction:
     Attributes:
         opcode: first word, such as ``ld``; modifiers: the rest, such as ``("global", "v4", "f32")``.
         predicate: register that guards it, or None; negated: ``@!``.
-        line: 1-based line in the PTX text; source: (file number, line) of the CUDA source, or None.
+        line: 1-based line in the PTX text.
+        source: (file number, line) of the CUDA source; then of the kernel's own line, where that was inlined.
     """
 
     opcode: str
@@ -100,7 +101,7 @@ class Instruction:
     negated: bool
     line: int
     text: str
-    source: tuple[int, int] | None = None
+    source: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,8 @@ class _Body:
         self.kernel = kernel
         self.scopes: list[dict[str, str]] = [{}]  # name in the text -> unique name
         self.scope_count = 0
-        self.source: tuple[int, int] | None = None
+        self.source: tuple[tuple[int, int], ...] = ()
+        self.callers: dict[tuple[str, ...], tuple[str, ...]] = {}  # place in the source -> where it was inlined
 
     def parse(self) -> None:
         scanner = self.scanner
@@ -335,10 +337,7 @@ class _Body:
                 if not self.scopes:
                     break
             elif scanner.peek(".loc\t") or scanner.peek(".loc "):
-                words = scanner.until("\n").split()
-                # line 0 marks code without a source line: keep the last real one
-                if words[2] != "0":
-                    self.source = (int(words[1]), int(words[2]))
+                self._locate(scanner.until("\n"))
             elif match := _LABEL.match(scanner.text, scanner.position):
                 scanner.position = match.end()
                 self.kernel.labels[match[1]] = len(self.kernel.instructions)
@@ -353,6 +352,22 @@ class _Body:
         ]
         if missing:
             raise PtxSyntaxError(f"kernel {self.kernel.name}: branch to unknown label {missing[0]}")
+
+    def _locate(self, text: str) -> None:
+        """Note a ``.loc file line column[, function_name f, inlined_at file line column]``."""
+        words = text.replace(",", " ").split()
+        place = tuple(words[1:4])
+        if "inlined_at" in words:
+            self.callers[place] = tuple(words[words.index("inlined_at") + 1 :][:3])
+        else:
+            self.callers.pop(place, None)
+        outermost, seen = place, {place}
+        while (caller := self.callers.get(outermost)) is not None and caller not in seen:
+            outermost = caller
+            seen.add(caller)
+        if place[1] != "0":  # line 0 marks code without a source line: keep the last real one
+            places = [place] if outermost == place else [place, outermost]
+            self.source = tuple((int(p[0]), int(p[1])) for p in places)
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):

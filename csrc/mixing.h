@@ -19,6 +19,7 @@ struct Mixing {
   const int32_t* row_offsets;  // [n + 1], unused by the other two forms
   const int32_t* columns;      // [nnz], ascending within a row
   const void* weights;         // [nnz], float or double
+  int64_t nnz;                 // stored entries
 };
 
 }  // namespace qgm

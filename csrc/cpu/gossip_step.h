@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../mixing.h"
+#include "../arguments.h"
 #include "parallel.h"
 #include "rule_loops.h"
 #include "scratch.h"
@@ -20,16 +20,7 @@
 
 namespace qgm::cpu {
 
-constexpr int kMaxStates = 8;
-
-struct GossipStepArguments {
-  void* x;                  // [rows, cols], storage type
-  const void* g;            // [rows, cols], storage type
-  void* state[kMaxStates];  // each [rows, cols], compute type
-  int64_t rows, cols;
-  int64_t x_stride, g_stride, state_stride;  // elements from one row to the next
-  Mixing mixing;
-  const double* hyper;
+struct GossipStepArguments : qgm::GossipStepArguments {
   int threads;
   Simd simd;
 };

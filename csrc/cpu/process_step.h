@@ -9,31 +9,12 @@
 
 namespace qgm::cpu {
 
-constexpr int kMaxMessages = 4;
-
-struct LocalStepArguments {
-  const void* x;              // [size], storage type
-  const void* g;              // [size], storage type
-  void* state[kMaxStates];    // each [size], compute type
-  void* message[kMaxMessages];  // each [size], compute type: written
-  int64_t size;
-  const double* hyper;
+struct LocalStepArguments : qgm::LocalStepArguments {
   int threads;
   Simd simd;
 };
 
-struct MergeArguments {
-  void* x;                  // [size], storage type
-  const void* g;            // [size], storage type
-  void* state[kMaxStates];  // each [size], compute type
-  // Messages in ascending worker order, the worker's own among them: received[k * terms + q] is
-  // message k of the q-th worker, [size], compute type.
-  const void* const* received;
-  const double* weights;  // [terms]; ignored if mean
-  int64_t terms;
-  bool mean;  // the complete graph: sum, then one product with 1 / terms
-  int64_t size;
-  const double* hyper;
+struct MergeArguments : qgm::MergeArguments {
   int threads;
   Simd simd;
 };

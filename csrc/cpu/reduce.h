@@ -1,14 +1,12 @@
 // Reductions that give the same bits on every thread count, SIMD level and device.
-//
-// A row is cut into blocks of 4096 coordinates. In a block, lane l of 256 sums coordinates l, l + 256,
-// ... in ascending order in the compute type; the lanes are added in halves (128, 64, ..., 1); the
-// blocks are added in ascending order in double. A short last block just has fewer terms.
+// The order of summation is said in ../arguments.h.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "../arguments.h"
 #include "../numeric.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -16,12 +14,7 @@
 
 namespace qgm::cpu {
 
-constexpr int64_t kReduceBlock = 4096;
-constexpr int64_t kReduceLanes = 256;
-
-struct ReduceArguments {
-  const void* x;  // [rows, cols], storage type
-  int64_t rows, cols, stride;
+struct ReduceArguments : qgm::ReduceArguments {
   int threads;
   Simd simd;
 };

@@ -12,9 +12,6 @@
 
 namespace qgm::cpu {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-constexpr int kDTypes = 4;
-
 struct RuleEntry {
   std::string name;
   int hyper, states, messages;

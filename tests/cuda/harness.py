@@ -36,6 +36,7 @@ from ptx.memory import Allocation
 from ptx.types import Array
 
 MOCK_SOURCES = Path(__file__).parent / "mock_runtime"
+EMULATION_HEADERS = Path(__file__).parent / "emulation"
 #: nvcc releases whose private launch symbols the stand-in runtime has; see mock_runtime.cpp.
 SUPPORTED_NVCC = ("13.0",)
 #: Flags of the product build that change the arithmetic, plus line information for messages.
@@ -176,6 +177,36 @@ def build(
     inputs = [*sources, *host_sources, *MOCK_SOURCES.iterdir()]
     directory = _cached("library", inputs, include, [name, *nvcc_options, *host_options], make)
     return Build(directory, directory / name, tuple(directory / f"{s.stem}.ptx" for s in sources))
+
+
+def emulation_skip_reason() -> str:
+    """Why kernels cannot be compiled for the host here; empty when they can."""
+    return "" if shutil.which("g++") else "g++ was not found"
+
+
+def build_emulation(
+    source: Path, sanitizer_flags: Sequence[str], *, include: Sequence[Path] = (), defines: Sequence[str] = ()
+) -> Path:
+    """Compile a C++ program that runs kernels as fibers (emulation/), under sanitizers."""
+    directories = [EMULATION_HEADERS, *include]
+    options = ["-std=c++20", "-g", "-O1", "-ffp-contract=off", "-DQGM_EMULATE_CUDA", *sanitizer_flags]
+    options += [*[f"-I{d}" for d in directories], *[f"-D{d}" for d in defines]]
+
+    def make(directory: Path) -> None:
+        _run(["g++", *options, str(source), "-o", str(directory / source.stem)])
+
+    return _cached("emulation", [source], directories, options, make) / source.stem
+
+
+def run_emulation(program: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a program of build_emulation; a finding of a sanitizer is a non-zero return code and text in stderr."""
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0:abort_on_error=0:exitcode=99",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+    }
+    return subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def _nvcc(arguments: list[str]) -> str:

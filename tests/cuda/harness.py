@@ -125,6 +125,27 @@ def compile_ptx(
     return _cached("ptx", [source], include, options, make) / f"{source.stem}.ptx"
 
 
+def compile_cubin(
+    source: Path,
+    arch: str,
+    *,
+    include: Sequence[Path] = (),
+    defines: Sequence[str] = (),
+    flags: Sequence[str] = NVCC_FLAGS,
+) -> Path:
+    """Machine code of one .cu file for one architecture, such as ``sm_90``.
+
+    Returns: directory with ``<stem>.cubin`` and what ptxas reported, ``ptxas.txt``.
+    """
+    options = [f"-arch={arch}", "-Xptxas", "-v", *flags, *[f"-I{d}" for d in include], *[f"-D{d}" for d in defines]]
+
+    def make(directory: Path) -> None:
+        report = _nvcc([*options, "-cubin", str(source), "-o", str(directory / f"{source.stem}.cubin")])
+        (directory / "ptxas.txt").write_text(report)
+
+    return _cached("cubin", [source], include, options, make)
+
+
 def build(
     sources: Sequence[Path],
     *,

@@ -172,9 +172,9 @@ CUDA_EMULATION_INTERNAL inline dim3 block_size() { return scheduler().block_size
 CUDA_EMULATION_INTERNAL inline dim3 grid_size() { return scheduler().grid; }
 
 // Dynamic shared memory of the block, exactly as large as the launch asked for.
-template <class T>
+template <class T = void>
 CUDA_EMULATION_INTERNAL T* dynamic_shared() {
-  return reinterpret_cast<T*>(scheduler().block->shared);
+  return static_cast<T*>(static_cast<void*>(scheduler().block->shared));
 }
 
 CUDA_EMULATION_INTERNAL inline void sync_threads() {

@@ -1,0 +1,105 @@
+"""Accuracy and loss of the workers' models and of the average model on a classification set.
+
+Holds :class:`Evaluation`, the numbers, and :func:`accuracy_and_loss`, one model's part. Which models are evaluated is
+said by :meth:`qgm_ext.simulator.Simulator.evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Evaluation", "accuracy_and_loss", "evaluation_mode"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the models reach on one data set.
+
+    Args:
+        accuracy_local: of each worker's model, in [0, 1], n numbers.
+        loss_local: mean loss of each worker's model, n numbers.
+        accuracy_average: of the model with averaged parameters.
+        loss_average: of the model with averaged parameters.
+        consensus_distance: sqrt((1/n) sum_i ||x_i - mean||^2) at the time of evaluation.
+        num_samples: size of the data set.
+
+    Example:
+        >>> Evaluation((0.5, 1.0), (2.0, 1.0), 0.75, 1.5, 0.1, 4).accuracy_local_mean
+        0.75
+    """
+
+    accuracy_local: tuple[float, ...]
+    loss_local: tuple[float, ...]
+    accuracy_average: float
+    loss_average: float
+    consensus_distance: float
+    num_samples: int
+
+    @property
+    def accuracy_local_mean(self) -> float:
+        """Mean accuracy over the workers."""
+        return sum(self.accuracy_local) / len(self.accuracy_local)
+
+    @property
+    def accuracy_local_min(self) -> float:
+        """Accuracy of the worst worker."""
+        return min(self.accuracy_local)
+
+    @property
+    def accuracy_local_max(self) -> float:
+        """Accuracy of the best worker."""
+        return max(self.accuracy_local)
+
+    @property
+    def loss_local_mean(self) -> float:
+        """Mean loss over the workers."""
+        return sum(self.loss_local) / len(self.loss_local)
+
+
+def accuracy_and_loss(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, float]:
+    """Accuracy and mean loss of one model, in the mode it is in, without gradients.
+
+    Args:
+        model: maps x [B, ...] to class scores [B, C, ...].
+        x: samples, [N, ...], N >= 1.
+        y: class numbers, [N, ...], shaped like the scores without their dimension C.
+        batch_size: samples at a time; the result depends on it in rounding only.
+        loss_fn: mean loss of (scores, classes), a scalar.
+
+    Raises:
+        ValueError: if the model's output is not class scores for y.
+    """
+    correct = torch.zeros((), dtype=torch.int64, device=y.device)
+    total = torch.zeros((), dtype=torch.float64, device=y.device)
+    with torch.no_grad():
+        for start in range(0, len(x), batch_size):
+            inputs, targets = x[start : start + batch_size], y[start : start + batch_size]
+            scores = model(inputs)
+            if scores.dim() < 2 or scores[:, 0].shape != targets.shape:
+                raise ValueError(
+                    "evaluate needs a model that gives class scores [B, C, ...] for classes [B, ...], got "
+                    f"{list(scores.shape)} for {list(targets.shape)}"
+                )
+            correct += (scores.argmax(1) == targets).sum()
+            total += loss_fn(scores, targets).double() * len(inputs)
+    return correct.item() / y.numel(), total.item() / len(x)
+
+
+@contextmanager
+def evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """All modules in evaluation mode inside the block; afterwards each in the mode it was in."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

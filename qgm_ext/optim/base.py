@@ -1,0 +1,360 @@
+"""DecentralizedOptimizer: what the optimizers of this package share.
+
+It is a torch.optim.Optimizer: groups, hooks, schedulers, closures, ``state_dict`` and pickling as there. It keeps
+parameters in flat buffers (:mod:`qgm_ext.optim.flat_parameters`) and hands the updates of a step to a runtime
+(:mod:`qgm_ext.optim.runtime`). The arithmetic is in csrc/rules; which algorithm a group runs is said by subclasses.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import numbers
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from operator import is_
+from typing import Any, ClassVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from qgm_ext import ops
+from qgm_ext.algorithms import Algorithm, check_number
+from qgm_ext.optim.flat_parameters import FlatParameters, check_memory, check_parameter
+from qgm_ext.optim.runtime import Update, runtime_for
+from qgm_ext.stacked import NonFiniteGradientError, OnNonfinite
+from qgm_ext.topology import Topology
+
+__all__ = ["DecentralizedOptimizer"]
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class _Binding:
+    """The flat buffers of one parameter group, and its parameters that are in none (frozen so far)."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = list(params)
+        self.flat: list[FlatParameters] = []
+        self.rest = list(params)
+
+
+class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
+    """A torch.optim.Optimizer that runs an algorithm of :mod:`qgm_ext.algorithms`; one process is one worker.
+
+    A subclass says by :meth:`make_algorithm` which algorithm a parameter group runs, names its ``family`` and calls
+    this constructor with the defaults of a group; that is all.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch.optim.Optimizer.
+        defaults: hyper-parameters of groups that don't set them; ``lr`` must be there.
+        maximize: step along the gradient instead of against it (weight decay pulls to zero all the same).
+        topology: who averages with whom, of as many workers as there are processes; None for one worker.
+        group: process group of the workers; None for the default one.
+        on_nonfinite: what a gradient with an infinity or NaN does: "ignore" steps all the same, as torch does; "skip"
+            leaves parameters and state as they are and counts the step in ``skipped_steps``; "raise" leaves them as
+            they are and raises NonFiniteGradientError. The last two read the gradient once more, and wait for the
+            device.
+
+    What differs from torch.optim.SGD, where a program could notice:
+
+    - At the first step (and when more parameters become trainable) parameters move into a buffer: ``parameter.data``
+      is a view from then on. Code that throws the view away is noticed and costs one copy. Tensors that shared a
+      parameter's memory, other than the parameter itself, no longer do; parameters that share memory with each other
+      are refused. Saving a part of a model with torch.save stores the whole buffer: save clones of the tensors.
+    - State is float32 for bfloat16 and float16 parameters (float64 for float64), also after load_state_dict.
+    - Parameters without a gradient are not changed, as in torch; runs of parameters with one take one call each.
+    - Parameters must be plain float64, float32, bfloat16 or float16 tensors with dense gradients.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        topology: Topology | None = None,
+        group: dist.ProcessGroup | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
+    ) -> None:
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f"on_nonfinite must be one of {', '.join(get_args(OnNonfinite))}, got {on_nonfinite!r}")
+        self.topology = topology
+        self.on_nonfinite = on_nonfinite
+        self.skipped_steps = 0
+        self._process_group = group
+        self._runtime = runtime_for(topology, group)
+        self._bindings: list[_Binding] = []
+        self._algorithms: list[tuple[list[Any], Algorithm]] = []
+        # In every group, so that a state_dict says what it is of.
+        super().__init__(params, {**defaults, "maximize": maximize, "algorithm": self.family})
+
+    @abc.abstractmethod
+    def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
+        """The algorithm of a parameter group; numbers in ``group`` are Python floats and ints.
+
+        Raises:
+            ValueError, TypeError: if a hyper-parameter does not fit.
+        """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as torch.optim.Optimizer does; also between steps.
+
+        Raises:
+            TypeError, ValueError: if parameters or hyper-parameters don't fit; the optimizer is as before then.
+        """
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if params is not None and not isinstance(params, (Tensor, set)):
+            params = param_group["params"] = list(params)
+            tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+            if len({id(p) for p in tensors}) < len(tensors):
+                raise ValueError("a parameter group must not hold a parameter twice; it would be stepped twice")
+        super().add_param_group(param_group)
+        try:
+            self._check_group(param_group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        for p in group["params"]:
+            ops.compute_dtype(p.dtype)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {list(lr.shape)}")
+        if not isinstance(group["maximize"], bool):
+            raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
+        if group["algorithm"] != self.family:
+            raise ValueError(
+                f"algorithm of a parameter group must be {self.family!r}, which {type(self).__name__} sets itself, "
+                f"got {group['algorithm']!r}"
+            )
+        self.make_algorithm(_numbers(group))
+
+    def _algorithm(self, index: int, group: Mapping[str, Any]) -> tuple[Algorithm, float]:
+        """The algorithm of a group and its step size now; both may have been changed since the last step."""
+        lr = _number(group["lr"])
+        check_number("lr", lr, low=0.0)
+        values = [group[name] for name in self.defaults if name != "lr"]
+        if index < len(self._algorithms) and self._algorithms[index][0] == values:
+            return self._algorithms[index][1], lr
+        self._check_group(group)
+        algorithm = self.make_algorithm(_numbers(group))
+        self._algorithms[index : index + 1] = [(values, algorithm)]
+        return algorithm, lr
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if not is_lazy(p)]
+
+    def _bind(self, index: int, params: list[Tensor]) -> list[FlatParameters]:
+        """The flat buffers of a group, made or made again where its parameters are not in them."""
+        binding = self._bindings[index] if index < len(self._bindings) else None
+        if (
+            binding is None
+            or len(params) != len(binding.params)
+            or not all(map(is_, params, binding.params))
+            or not all(flat.holds_parameters(self._all_params) for flat in binding.flat)
+        ):
+            binding = _Binding(params)
+        # By requires_grad, not by who has a gradient: the layout must not depend on the data.
+        fresh = [p for p in binding.rest if (p.requires_grad or p.grad is not None) and not is_lazy(p)]
+        if fresh:
+            for p in fresh:
+                check_parameter(p)
+            check_memory(self._all_params())
+            places: defaultdict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+            for p in fresh:
+                places[p.dtype, p.device].append(p)
+            binding.flat += [FlatParameters(some) for some in places.values()]
+            taken = {id(p) for p in fresh}
+            binding.rest = [p for p in binding.rest if id(p) not in taken]
+        self._bindings[index : index + 1] = [binding]
+        return binding.flat
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, calls backward and returns the loss.
+
+        Returns:
+            What closure returns, or None.
+
+        Raises:
+            TypeError, ValueError: if a gradient, a parameter or a hyper-parameter does not fit.
+            NonFiniteGradientError: with on_nonfinite="raise". In every case parameters and state keep their values.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates: list[Update] = []
+        stepped: list[tuple[FlatParameters, list[int]]] = []
+        for index, group in enumerate(self.param_groups):
+            algorithm, lr = self._algorithm(index, group)
+            for flat in self._bind(index, group["params"]):
+                some, active = flat.prepare(self.state, algorithm, lr, group["maximize"])
+                updates += some
+                if active:
+                    stepped.append((flat, active))
+        if self.on_nonfinite != "ignore" and not self._gradients_are_finite(updates):
+            self.skipped_steps += 1
+            return loss
+        self._runtime.step(updates)
+        changed = [p for flat, active in stepped for p in flat.advance(active)]
+        # The kernels write memory that autograd does not see change; backward through an old graph must fail.
+        torch.autograd.graph.increment_version(changed)
+        return loss
+
+    def _gradients_are_finite(self, updates: list[Update]) -> bool:
+        if all(bool(ops.rows_are_finite(update.grad).all()) for update in updates):
+            return True
+        if self.on_nonfinite == "raise":
+            bad = [
+                f"{i} of group {index} {list(p.shape)}"
+                for index, group in enumerate(self.param_groups)
+                for i, p in enumerate(group["params"])
+                if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
+            shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise NonFiniteGradientError(
+                f"the gradient of parameter {shown} is not finite; parameters and state are as before the step "
+                "(on_nonfinite='skip' leaves such steps out)"
+            )
+        return False
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state_dict of the same algorithm; its tensors are copied.
+
+        Unlike torch.optim, float32 state stays float32 for bfloat16 and float16 parameters, so that a resumed run
+        takes the steps of an uninterrupted one.
+
+        Raises:
+            TypeError, ValueError: if it is of another optimizer, does not fit the parameters or is incomplete; the
+                optimizer is as before then.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        missing = {"state", "param_groups"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict lacks {', '.join(sorted(missing))}")
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"loaded state dict has a different number of parameter groups: it has {len(saved_groups)}, "
+                f"the optimizer {len(self.param_groups)}"
+            )
+        owners: dict[Any, tuple[Tensor, tuple[str, ...]]] = {}
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            ids, params = saved.get("params", ()), group["params"]
+            if len(ids) != len(params):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                    f"group {index} has {len(ids)} parameters there and {len(params)} here"
+                )
+            names = self._check_saved_group(index, saved)
+            owners.update((key, (p, names)) for key, p in zip(ids, params, strict=True))
+            saved["params"] = params
+            if "param_names" in group:
+                saved.setdefault("param_names", group["param_names"])
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entry in state_dict["state"].items():
+            if key in owners:
+                p, names = owners[key]
+                state[p] = _load_entry(key, p, entry, names)
+            else:
+                state[key] = entry
+        self.__setstate__({"state": state, "param_groups": saved_groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _check_saved_group(self, index: int, saved: dict[str, Any]) -> tuple[str, ...]:
+        """The state that parameters of a saved group must have; raises ValueError if it is not ours."""
+        theirs = saved.get("algorithm")
+        if theirs != self.family:
+            whose = "another optimizer" if theirs is None else f"algorithm {theirs!r}"
+            raise ValueError(
+                f"state_dict is of {whose}: {type(self).__name__} needs one of its own, of algorithm {self.family!r}; "
+                "to change the optimizer, load the parameters alone"
+            )
+        lacking = sorted(self.defaults.keys() - saved.keys())
+        if lacking:
+            raise ValueError(f"param_groups[{index}] of the state_dict lacks {', '.join(lacking)}")
+        self._check_group(saved)
+        return self.make_algorithm(_numbers(saved)).state_names
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the buffers: they are made again around the parameters of the copy. State is cloned, because a
+        # pickle of a view holds the whole buffer, once for every view.
+        state = {
+            key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            for key, entry in self.state.items()
+        }
+        return {
+            "defaults": self.defaults,
+            "state": defaultdict(dict, state),
+            "param_groups": self.param_groups,
+            "topology": self.topology,
+            "on_nonfinite": self.on_nonfinite,
+            "skipped_steps": self.skipped_steps,
+            "_process_group": self._process_group,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # added there; it is not offered here
+        self._algorithms = []
+        if "_bindings" not in self.__dict__:
+            self._bindings = []
+            self._runtime = runtime_for(self.topology, self._process_group)
+
+
+def _number(value: Any) -> Any:
+    """A number as a Python float or int: tensors of one element and numpy scalars too; anything else unchanged."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        return float(value)
+    return value
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value if name == "params" else _number(value) for name, value in group.items()}
+
+
+def _load_entry(key: Any, p: Tensor, entry: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The state of one parameter, copied: vectors like p in the dtype of state, ``step`` an int64 scalar."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"state[{key}] of the state_dict must be a dict, got {type(entry).__name__}")
+    if not entry:
+        return {}
+    lacking = [name for name in (*names, "step") if name not in entry]
+    if lacking:
+        raise ValueError(
+            f"state[{key}] of the state_dict lacks {', '.join(lacking)}; it has {', '.join(map(str, entry)) or 'none'}"
+        )
+    loaded = {name: copy.deepcopy(value) for name, value in entry.items() if name not in names}
+    step = _number(loaded["step"])
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or not step >= 0 or step != int(step):
+        raise ValueError(f"state[{key}]['step'] of the state_dict must be a whole number of at least 0, got {step!r}")
+    loaded["step"] = torch.tensor(int(step), dtype=torch.int64)
+    for name in names:
+        value = entry[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state[{key}][{name!r}] of the state_dict must be a tensor, got {type(value).__name__}")
+        if value.shape != p.shape or not value.is_floating_point():
+            raise ValueError(
+                f"state[{key}][{name!r}] of the state_dict must be floating-point {list(p.shape)}, like its "
+                f"parameter, got {value.dtype} {list(value.shape)}"
+            )
+        loaded[name] = torch.empty_like(p, dtype=ops.compute_dtype(p.dtype)).copy_(value)
+    return loaded

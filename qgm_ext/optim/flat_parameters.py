@@ -1,0 +1,321 @@
+"""FlatParameters: the parameters of one group, dtype and device in one buffer, so that one pass steps them all.
+
+A model goes on using its parameters: each ``parameter.data`` becomes a view of the buffer, and so does its state. Code
+that knows nothing of it throws such views away (``model.to()``, ``parameter.data = ...``, ``load_state_dict``,
+``copy.deepcopy``); every step compares what it finds with the views and, where they differ, takes the value over and
+binds the view again.
+
+Gradients are taken as backward leaves them. Small ones are gathered into one vector; from LARGE elements on, a
+parameter is stepped by a call of its own that reads ``.grad`` in place. Permanent views for ``.grad`` would cost more:
+zeroing (write), then backward accumulating into them (read, read, write) is four times the traffic of the gradient,
+gathering is two, reading in place none; and ``grad is None`` keeps its meaning, "leave this parameter alone".
+
+Groups, hyper-parameters and checkpoints are the business of :mod:`qgm_ext.optim.base`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgm_ext.algorithms import Algorithm
+from qgm_ext.flat import FlatLayout
+from qgm_ext.ops import compute_dtype
+from qgm_ext.optim.runtime import Update
+
+__all__ = ["LARGE", "FlatParameters", "check_memory", "check_parameter"]
+
+# Elements from which a call of its own (about 20 us on a CPU) is cheaper than gathering the gradient (about 25 us
+# from cache at this size, several times that from memory). On CUDA it also bounds what is gathered.
+LARGE = 1 << 18
+
+State = MutableMapping[Tensor, dict[str, Any]]
+Run = tuple[int, int]  # parameters first to last - 1, neighbours in the buffer
+
+
+class FlatParameters:
+    """A buffer that holds some parameters, and buffers for their state.
+
+    Args:
+        params: parameters of one dtype and device, checked by :func:`check_parameter`. Their values move into the
+            buffer: from now on each ``parameter.data`` is a view of it. Strides are kept, so a channels_last
+            parameter stays channels_last.
+
+    Attributes:
+        params: in the order of the buffer: those with fewer than LARGE elements first.
+        x: the buffer, [size].
+        steps: how many steps each parameter has taken, [len(params)] int64 on the CPU.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = sorted(params, key=lambda p: p.numel() >= LARGE)  # sorted is stable
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self._num_small = sum(p.numel() < LARGE for p in params)
+        self._layout = FlatLayout(p.shape for p in self.params)
+        self._strides = [dense_strides(p) for p in self.params]
+        self.x = self._layout.allocate(dtype=self.dtype, device=self.device)
+        self._views = self._view(self.x)
+        self.steps = torch.zeros(len(self.params), dtype=torch.int64)
+        self._buffers: dict[str, Tensor] = {}
+        self._bound: list[dict[str, Tensor]] = [{"step": step} for step in self.steps]
+        small_end = self._layout.offsets[self._num_small] if self._num_small < len(self.params) else self._layout.size
+        self._gathered = torch.zeros(small_end, dtype=self.dtype, device=self.device)
+        self._gather_views = self._view(self._gathered, self._num_small)
+        self._whole = self._runs([True] * len(self.params), [0] * len(self.params))
+        self._slices: dict[Run, tuple[Tensor, Tensor | None, list[Tensor]]] = {}
+        for p, view in zip(self.params, self._views, strict=True):
+            view.copy_(p)
+        for p, view in zip(self.params, self._views, strict=True):
+            p.data = view
+
+    def _view(self, buffer: Tensor, count: int | None = None) -> list[Tensor]:
+        places = zip(self._layout.shapes[:count], self._strides[:count], self._layout.offsets[:count], strict=True)
+        return [buffer.as_strided(shape, stride, offset) for shape, stride, offset in places]
+
+    def holds_parameters(self, everything: Callable[[], Sequence[Tensor]]) -> bool:
+        """Whether every parameter still is its view; parameters that only moved elsewhere in memory are taken back.
+
+        Args:
+            everything: gives all parameters of the optimizer, for :func:`check_memory` if one has moved.
+
+        Returns:
+            False if a parameter has another shape, dtype, device or memory format than before. The caller then
+            makes new FlatParameters, which adopt the state.
+        """
+        try:
+            if all(map(torch.Tensor.is_set_to, self.params, self._views)):
+                return True
+        except (NotImplementedError, RuntimeError):  # on another device; found below
+            pass
+        moved = []
+        for p, view, stride in zip(self.params, self._views, self._strides, strict=True):
+            if p.dtype != self.dtype or p.device != self.device or p.shape != view.shape or dense_strides(p) != stride:
+                return False
+            if not p.is_set_to(view):
+                moved.append((p, view))
+        check_memory(everything())
+        # Cloned, because the new memory may be a piece of this very buffer, as after exchanging two parameters.
+        values = [p.detach().clone() if self._shares_memory(p) else p.detach() for p, _ in moved]
+        for (p, view), value in zip(moved, values, strict=True):
+            view.copy_(value)
+            p.data = view
+        return True
+
+    def _shares_memory(self, tensor: Tensor) -> bool:
+        pointer = tensor.untyped_storage().data_ptr()
+        return any(pointer == own.untyped_storage().data_ptr() for own in (self.x, *self._buffers.values()))
+
+    def _use_state(self, names: Sequence[str], state: State) -> None:
+        """Keep exactly the state vectors ``names``; new ones start at zero."""
+        dropped = self._buffers.keys() - set(names)
+        compute = compute_dtype(self.dtype)
+        self._buffers = {
+            name: self._buffers[name]
+            if name in self._buffers
+            else self._layout.allocate(dtype=compute, device=self.device)
+            for name in names
+        }
+        views = {name: self._view(buffer) for name, buffer in self._buffers.items()}
+        for i, p in enumerate(self.params):
+            old = self._bound[i]
+            self._bound[i] = {name: old.get(name, views[name][i]) for name in names} | {"step": old["step"]}
+            for name in dropped & state.get(p, {}).keys():
+                del state[p][name]
+        self._slices.clear()
+
+    def _bind_state(self, i: int, state: State) -> None:
+        """Make the state of parameter i views of the buffers, with the values found in ``state``, else zero."""
+        p, bound = self.params[i], self._bound[i]
+        entry = state.get(p, {})
+        for name, view in bound.items():
+            value = entry.get(name)
+            if value is not None and value is not view and torch.as_tensor(value).shape != view.shape:
+                raise ValueError(
+                    f"state {name!r} of a parameter must have its shape {list(view.shape)}, "
+                    f"got {list(torch.as_tensor(value).shape)}; was the parameter replaced by one of another shape?"
+                )
+        for name, view in bound.items():
+            value = entry.get(name)
+            if value is None:
+                view.zero_()
+            elif value is not view:
+                view.copy_(torch.as_tensor(value))
+        entry.update(bound)
+        state[p] = entry
+
+    def prepare(self, state: State, algorithm: Algorithm, lr: float, maximize: bool) -> tuple[list[Update], list[int]]:
+        """Bind state and gather gradients for one step; no parameter and no state value changes.
+
+        Args:
+            state: the optimizer's state, brought in line with the buffers.
+            algorithm: what to do; it makes the numbers of each update from its step count.
+            lr: step size.
+            maximize: step along the gradient instead of against it.
+
+        Returns:
+            The updates, and the indices of the parameters that take part: those whose ``.grad`` is not None.
+
+        Raises:
+            TypeError: if a gradient is sparse.
+            ValueError: if a state vector does not have the parameter's shape.
+        """
+        rule, state_names = algorithm.rule, algorithm.state_names
+        if tuple(self._buffers) != state_names:
+            self._use_state(state_names, state)
+        grads: list[Any] = []
+        active = []
+        names = (*state_names, "step")
+        for i, p in enumerate(self.params):  # the hot loop: about 1 us for each parameter
+            grad = p.grad
+            grads.append(grad)
+            if grad is None:
+                continue
+            active.append(i)
+            if grad.is_sparse:
+                raise TypeError(
+                    f"gradients must be dense, but that of a parameter of shape {list(p.shape)} is sparse: build its "
+                    "layer with sparse=False"
+                )
+            entry = state.get(p)
+            if entry is None or not all(map(is_, map(entry.get, names), self._bound[i].values())):
+                self._bind_state(i, state)
+        counts = self.steps.tolist()
+        if len(active) == len(grads) and counts.count(counts[0]) == len(counts):
+            runs = self._whole
+        else:
+            runs = self._runs([grad is not None for grad in grads], counts)
+        self._gather([i for i in active if i < self._num_small] if len(active) < len(grads) else None, grads)
+        updates = []
+        for run in runs:
+            x, grad, vectors = self._slice(run)
+            if grad is None:
+                grad = self._large_gradient(self._views[run[0]], grads[run[0]], maximize)
+            elif maximize:
+                grad.neg_()
+            updates.append(Update(x, grad, vectors, rule, algorithm.hyper(counts[run[0]], lr)))
+        return updates, active
+
+    def advance(self, active: Sequence[int]) -> list[Tensor]:
+        """Count a step of the parameters ``active``, and return them."""
+        if len(active) == len(self.params):
+            self.steps.add_(1)
+            return self.params
+        self.steps[torch.tensor(active, dtype=torch.int64)] += 1
+        return [self.params[i] for i in active]
+
+    def _runs(self, present: Sequence[bool], counts: Sequence[int]) -> list[Run]:
+        """Runs of neighbours that have a gradient and the same step count; a large parameter is alone."""
+        runs: list[Run] = []
+        for i, here in enumerate(present):
+            if not here or self._layout.shapes[i].numel() == 0:
+                continue
+            if runs and runs[-1][1] == i and i < self._num_small and counts[i] == counts[i - 1]:
+                runs[-1] = (runs[-1][0], i + 1)
+            else:
+                runs.append((i, i + 1))
+        return runs
+
+    def _slice(self, run: Run) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """x, the gathered gradient (None for a large parameter) and the state vectors of a run, each [1, L]."""
+        found = self._slices.get(run)
+        if found is None:
+            first, last = run
+            begin = self._layout.offsets[first]
+            end = self._layout.offsets[last - 1] + self._layout.shapes[last - 1].numel()
+            grad = self._gathered[None, begin:end] if last <= self._num_small else None
+            found = (self.x[None, begin:end], grad, [vector[None, begin:end] for vector in self._buffers.values()])
+            if len(self._slices) > 4 * len(self.params):  # gradients that come and go at random: don't pile up views
+                self._slices.clear()
+            self._slices[run] = found
+        return found
+
+    def _gather(self, active: Sequence[int] | None, grads: list[Any]) -> None:
+        """Copy the gradients of small parameters into their vector; None for all of them."""
+        if active is None:
+            targets, sources = self._gather_views, grads[: self._num_small]
+        else:
+            targets, sources = [self._gather_views[i] for i in active], [grads[i] for i in active]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _large_gradient(self, view: Tensor, grad: Any, maximize: bool) -> Tensor:
+        """The gradient of a large parameter in the order of the buffer, [1, L]: itself if it can be read in place."""
+        in_place = (
+            not maximize
+            and grad.dtype == view.dtype
+            and grad.stride() == view.stride()
+            and not grad.is_neg()
+            and not self._shares_memory(grad)
+        )
+        if not in_place:
+            grad = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device).copy_(grad)
+            if maximize:
+                grad.neg_()
+        flat: Tensor = grad.detach().as_strided((1, view.numel()), (view.numel(), 1))
+        return flat
+
+
+def dense_strides(p: Tensor) -> tuple[int, ...]:
+    """The strides of p without gaps or overlap, in the order of its dimensions in memory (channels_last stays)."""
+    return torch.empty_like(p, device="meta").stride()
+
+
+def check_parameter(p: Tensor) -> None:
+    """Refuse a parameter that can't live in a flat buffer.
+
+    Raises:
+        TypeError: if its dtype, device or type is not supported.
+        ValueError: if its gradient does not fit it, or it is in memory shared with other processes.
+    """
+    what = f"a parameter of shape {list(p.shape)}"
+    if type(p.data) is not torch.Tensor:
+        raise TypeError(f"parameters must be plain tensors, got {what} of type {type(p.data).__name__}")
+    if p.layout != torch.strided:
+        raise TypeError(f"parameters must be dense, got {what} with layout {p.layout}")
+    compute_dtype(p.dtype)
+    if p.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"parameters must be on cpu or cuda, got {what} on {p.device}")
+    if p.device.type == "cpu" and p.is_shared():  # type: ignore[no-untyped-call]
+        raise ValueError(
+            f"{what} is in memory shared with other processes, and would leave it: the optimizer moves parameters "
+            "into its own buffer. Share the memory after the first step, or not at all"
+        )
+    if p.grad is not None and (p.grad.shape != p.shape or p.grad.device != p.device):
+        raise ValueError(
+            f"the gradient of {what} on {p.device} must have its shape and device, "
+            f"got {list(p.grad.shape)} on {p.grad.device}"
+        )
+
+
+def check_memory(params: Sequence[Tensor]) -> None:
+    """Refuse different parameters that share memory: moved into a buffer, they would come apart.
+
+    Raises:
+        ValueError: if two overlap, or one overlaps itself (as an expanded tensor does).
+    """
+    spans = sorted(_spans(params), key=lambda span: span[:2])
+    for ((device, _), stop, p), ((other, begin), _, q) in itertools.pairwise(spans):
+        if device == other and begin < stop:
+            raise ValueError(
+                f"parameters of shapes {list(p.shape)} and {list(q.shape)} share memory: pass one of them, or use "
+                "the same Parameter object in both places"
+            )
+
+
+def _spans(params: Sequence[Tensor]) -> Iterator[tuple[tuple[str, int], int, Tensor]]:
+    for p in params:
+        if p.numel() == 0 or p.device.type not in ("cpu", "cuda"):
+            continue
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+        if extent < p.numel():
+            raise ValueError(
+                f"a parameter of shape {list(p.shape)} with strides {p.stride()} overlaps itself in memory: pass a "
+                "contiguous copy"
+            )
+        begin = p.data_ptr()
+        yield (str(p.device), begin), begin + extent * p.element_size(), p

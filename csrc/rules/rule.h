@@ -35,6 +35,6 @@ namespace qgm {
 template <template <class> class... Rule>
 struct RuleList {};
 
-constexpr bool has_bit(unsigned mask, int k) { return (mask >> k) & 1u; }
+QGM_HD constexpr bool has_bit(unsigned mask, int k) { return (mask >> k) & 1u; }
 
 }  // namespace qgm

@@ -1,0 +1,116 @@
+// What one thread holds of one worker's row: V neighbouring coordinates of x, g and the state, in
+// registers; how they are loaded and stored, and the rule applied to them.
+//
+// V coordinates of the compute type are 16 bytes: 4 floats or 2 doubles. x and g are then 16 bytes too,
+// or 8 in a 16-bit storage type: 16 there would take every second 16 bytes of the state in one request
+// of a warp, and twice the sectors. A warp still asks for 256 bytes in a row.
+#pragma once
+
+#include <cstdint>
+
+#include "../rules/rule.h"
+#include "device.h"
+
+namespace qgm::cuda {
+
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));
+
+template <class T, int V>
+struct alignas(V * sizeof(T)) Vector {
+  T at[V];
+};
+
+template <int V, class T>
+QGM_HD Vector<T, V> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T, V>*>(p);
+}
+
+template <class T, int V>
+QGM_HD void store_vector(T* p, const Vector<T, V>& v) {
+  *reinterpret_cast<Vector<T, V>*>(p) = v;
+}
+
+QGM_HD constexpr int count_bits(unsigned mask) { return mask == 0 ? 0 : int(mask & 1u) + count_bits(mask >> 1); }
+
+// Which of a rule's vectors a fused step moves. A state that local() makes is not loaded for merge().
+template <class Rule>
+struct Traffic {
+  static constexpr unsigned kLoads = Rule::kLocalReads | (Rule::kMergeReads & ~Rule::kLocalWrites);
+  static constexpr unsigned kStores = Rule::kLocalWrites | Rule::kMergeWrites;
+};
+
+template <class Rule_, class Storage_, int V_>
+struct Slice {
+  using Rule = Rule_;
+  using Storage = Storage_;
+  using T = Compute<Storage>;
+  static constexpr int V = V_;
+  static constexpr int kStates = Rule::kStates;
+  static constexpr int kMessages = Rule::kMessages;
+  using Messages = Values<Vector<T, V>, kMessages>;
+
+  Vector<Storage, V> x, g;
+  Values<Vector<T, V>, kStates> state;
+
+  QGM_HD void local(const Rule& rule, Messages& message) {
+    for (int v = 0; v < V; ++v) {
+      Values<T, kStates> s;
+      Values<T, kMessages> m;
+      for (int k = 0; k < kStates; ++k) {
+        if (has_bit(Rule::kLocalReads, k)) s[k] = state[k].at[v];
+      }
+      rule.local(widen(x.at[v]), widen(g.at[v]), s, m);
+      for (int k = 0; k < kStates; ++k) {
+        if (has_bit(Rule::kLocalWrites, k)) state[k].at[v] = s[k];
+      }
+      for (int k = 0; k < kMessages; ++k) message[k].at[v] = m[k];
+    }
+  }
+
+  QGM_HD void merge(const Rule& rule, const Messages& mixed) {
+    for (int v = 0; v < V; ++v) {
+      T new_x = Rule::kMergeReadsX ? widen(x.at[v]) : T(0);
+      Values<T, kStates> s;
+      Values<T, kMessages> m;
+      for (int k = 0; k < kStates; ++k) {
+        if (has_bit(Rule::kMergeReads, k)) s[k] = state[k].at[v];
+      }
+      for (int k = 0; k < kMessages; ++k) m[k] = mixed[k].at[v];
+      rule.merge(new_x, Rule::kMergeReadsGrad ? widen(g.at[v]) : T(0), s, m);
+      x.at[v] = narrow<Storage>(new_x);
+      for (int k = 0; k < kStates; ++k) {
+        if (has_bit(Rule::kMergeWrites, k)) state[k].at[v] = s[k];
+      }
+    }
+  }
+
+  // The states of a mask, at element `offset` of each state vector.
+  template <unsigned kMask>
+  QGM_HD void load_states(const Values<T*, kStates>& from, int64_t offset) {
+    for (int k = 0; k < kStates; ++k) {
+      if (has_bit(kMask, k)) state[k] = load_vector<V>(from[k] + offset);
+    }
+  }
+
+  template <unsigned kMask>
+  QGM_HD void store_states(const Values<T*, kStates>& to, int64_t offset) const {
+    for (int k = 0; k < kStates; ++k) {
+      if (has_bit(kMask, k)) store_vector(to[k] + offset, state[k]);
+    }
+  }
+};
+
+template <class T, int V, int N>
+QGM_HD void add_product(Values<Vector<T, V>, N>& sum, int k, T weight, const Vector<T, V>& term) {
+  for (int v = 0; v < V; ++v) sum[k].at[v] = sum[k].at[v] + weight * term.at[v];
+}
+
+template <class T, int V>
+QGM_HD Vector<T, V> product(T weight, const Vector<T, V>& term) {
+  Vector<T, V> out;
+  for (int v = 0; v < V; ++v) out.at[v] = weight * term.at[v];
+  return out;
+}
+
+}  // namespace qgm::cuda

@@ -101,6 +101,21 @@ def test_module_variables_and_struct_parameters() -> None:
         machine.launch("k", 1, 1, [out, pack(np.float64(1))])
 
 
+def test_a_parameter_array_can_be_indexed_by_the_thread() -> None:
+    text = (
+        HEADER + ".visible .entry k(.param .u64 out, .param .align 4 .b8 s[16]) { .reg .b32 %r<5>; .reg .b64 %d<9>;\n"
+        "mov.u32 %r1, %tid.x; mul.wide.u32 %d2, %r1, 4; mov.b64 %d3, s; add.s64 %d4, %d3, %d2;\n"
+        "ld.param.u32 %r2, [%d4]; ld.param.u64 %d1, [out]; add.s64 %d1, %d1, %d2; st.global.u32 [%d1], %r2; ret; }"
+    )
+    memory = GlobalMemory()
+    machine = Machine(parse(text), memory)
+    out = memory.add("out", words(5))
+    machine.launch("k", 1, 4, [out, pack(np.array([9, 8, 7, 6], np.uint32))])
+    assert out.read(np.uint32).tolist() == [9, 8, 7, 6, 4]
+    with pytest.raises(OutOfBounds, match=r"load of 4 bytes at 24 of the parameters(.|\n)*thread \(4, 0, 0\)"):
+        machine.launch("k", 1, 5, [out, pack(np.array([9, 8, 7, 6], np.uint32))])
+
+
 def test_addresses_beyond_32_bits_need_64_bit_arithmetic() -> None:
     """An element index times its size that is computed in 32 bits lands outside, as it would on a GPU."""
     right = "mul.wide.u32 %d2, %r4, 4; add.s64 %d3, %d10, %d2; st.global.u32 [%d3], %r4;"

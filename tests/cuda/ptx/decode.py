@@ -42,6 +42,9 @@ def opcode(*names: str) -> Callable[[Builder], Builder]:
 class Decoder:
     """Register slots, symbol addresses, parameters and access sites of one kernel.
 
+    Attributes:
+        parameters: offset of each parameter in the parameter space, whose size is ``parameter_bytes``.
+
     Args:
         addresses: offset or address of every variable the kernel may name.
         memory: the global memory that its accesses go to.
@@ -58,12 +61,12 @@ class Decoder:
         files: Mapping[int, str],
     ) -> None:
         self.kernel = kernel
-        self.addresses = addresses
+        self.parameters, self.parameter_bytes = _parameter_offsets(kernel)
+        self.addresses = {**addresses, **self.parameters}
         self.memory = memory
         self.statistics = statistics
         self.files = files
         self.sites: list[AccessSite] = []
-        self.parameters = {p.name: p.size for p in kernel.params}
         # the smallest access to a space: what initialisation and races are tracked by
         self.granule = {"global": 16, "shared": 16}
         self.names = list(kernel.registers)
@@ -179,6 +182,15 @@ class Decoder:
         wide = np.dtype(f"{'i' if kind.is_signed else 'u'}{have.size}")
         narrow = kind.dtype if kind.is_signed else kind.bits
         return lambda batch, lanes, value: _write(batch, lanes, slot, bits, value.view(narrow).astype(wide).view(bits))
+
+
+def _parameter_offsets(kernel: syntax.Kernel) -> tuple[dict[str, int], int]:
+    """Parameters one after the other, each at a multiple of its alignment, as the driver passes them."""
+    offsets, end = {}, 0
+    for parameter in kernel.params:
+        offsets[parameter.name] = -(-end // parameter.align) * parameter.align
+        end = offsets[parameter.name] + parameter.size
+    return offsets, end
 
 
 def source_of(instruction: syntax.Instruction, files: Mapping[int, str]) -> str:

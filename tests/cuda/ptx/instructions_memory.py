@@ -121,19 +121,40 @@ def _ld(form: Form) -> Step:
 
 
 def _ld_param(form: Form, kind: PtxType, items: tuple[syntax.Operand, ...]) -> Step:
+    """Parameters: usually at an address that is known here, else (an array in a struct) at a computed one."""
     source = form.operands[1]
-    if not isinstance(source, syntax.Memory) or not isinstance(source.base, syntax.Symbol):
-        raise form.unknown("parameter address")
-    name, offset = source.base.name, source.base.offset + source.offset
-    size = kind.size * len(items)
-    if name not in form.decoder.parameters or not 0 <= offset <= form.decoder.parameters[name] - size:
-        raise OutOfBounds(f"ld.param outside the parameter in: {form.instruction.text}")
     writes = [form.write(item, kind) for item in items]
+    size = kind.size * len(items)
+    bounds = [(form.decoder.parameters[p.name], p.size) for p in form.decoder.kernel.params]
+    if isinstance(source, syntax.Memory) and isinstance(source.base, syntax.Symbol):
+        name, offset = source.base.name, source.base.offset + source.offset
+        if name not in form.decoder.parameters:
+            raise form.unknown(f"parameter {name}")
+        at = form.decoder.parameters[name] + offset
+        if not any(first <= at and at + size <= first + length for first, length in bounds):
+            raise OutOfBounds(f"ld.param outside its parameter in: {form.instruction.text}")
+
+        def load_known(batch: Batch, lanes: Lanes) -> None:
+            values = np.frombuffer(batch.parameters, kind.dtype, len(writes), at)
+            for k, write in enumerate(writes):
+                write(batch, lanes, values[k])
+
+        return load_known
+    read_address = address_reader(form, source)
 
     def load(batch: Batch, lanes: Lanes) -> None:
-        values = np.frombuffer(batch.parameters[name][offset : offset + size], kind.dtype)
+        address = read_address(batch, lanes)
+        inside = np.zeros(lanes.count, bool)
+        for first, length in bounds:
+            inside |= (address >= first) & (address + size <= first + length)
+        if not inside.all():
+            k = int(np.argmin(inside))
+            raise OutOfBounds(f"load of {size} bytes at {int(address[k])} of the parameters, outside all of them", k)
+        space = np.frombuffer(batch.parameters, np.uint8)
+        rows = np.ascontiguousarray(space[address[:, None] + np.arange(size)])
+        columns = rows.view(kind.dtype).T.copy()
         for k, write in enumerate(writes):
-            write(batch, lanes, values[k])
+            write(batch, lanes, columns[k])
 
     return load
 
@@ -191,7 +212,7 @@ def _cvta(form: Form) -> Step:
     """cvta.space: address in a state space -> generic address; cvta.to.space: back."""
     kind = form.type({"u64", "u32"})
     to = form.take("to")
-    space = form.need("global", "shared", "shared::cta", "local", "const", "param")
+    space = form.need("global", "shared", "shared::cta", "local", "const")
     window = {"shared": SHARED_WINDOW, "shared::cta": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(space, 0)
     if kind.size != 8:
         raise form.unknown("32-bit generic address")

@@ -96,7 +96,7 @@ class Batch:
         shared_bytes: static plus dynamic shared memory of a block; dynamic_bytes: the dynamic part of it.
         shared_granule: smallest shared access of the kernel in bytes.
         local_bytes: local memory of a thread.
-        parameters: bytes of every kernel parameter, by name.
+        parameters: the parameter space.
         races: look for data races in shared memory.
     """
 
@@ -111,7 +111,7 @@ class Batch:
         dynamic_bytes: int,
         shared_granule: int,
         local_bytes: int,
-        parameters: dict[str, bytes],
+        parameters: bytes,
         races: bool,
     ) -> None:
         self.grid, self.block = grid, block

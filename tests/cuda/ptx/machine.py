@@ -191,7 +191,7 @@ class Machine:
         program = self.program(name)
         grid3, block3 = _three(grid, "grid"), _three(block, "block")
         self._check_launch(program, grid3, block3)
-        parameters = _parameters(program.kernel, arguments)
+        parameters = _parameters(program, arguments)
         result = LaunchResult(name, grid3, block3, program.shared_static + shared_bytes)
         program.decoder.sites[:] = [_reset(site) for site in program.decoder.sites]
         self.memory.begin_launch(program.decoder.granule["global"], self.races)
@@ -304,10 +304,12 @@ def _three(size: int | Sequence[int], what: str) -> tuple[int, int, int]:
     return values[0], values[1], values[2]
 
 
-def _parameters(kernel: Kernel, arguments: Sequence[Any]) -> dict[str, bytes]:
+def _parameters(program: Program, arguments: Sequence[Any]) -> bytes:
+    """The parameter space with every argument at its parameter's offset."""
+    kernel = program.kernel
     if len(arguments) != len(kernel.params):
         raise LaunchError(f"kernel {kernel.name} has {len(kernel.params)} parameters, got {len(arguments)} arguments")
-    result = {}
+    result = bytearray(program.decoder.parameter_bytes)
     for k, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
         if isinstance(argument, Allocation):
             argument = argument.base
@@ -316,8 +318,9 @@ def _parameters(kernel: Kernel, arguments: Sequence[Any]) -> dict[str, bytes]:
         data = bytes(argument) if isinstance(argument, (bytes, bytearray)) else np.asarray(argument).tobytes()
         if len(data) != parameter.size:
             raise LaunchError(f"kernel {kernel.name}, argument {k}: {len(data)} bytes, parameter has {parameter.size}")
-        result[parameter.name] = data
-    return result
+        offset = program.decoder.parameters[parameter.name]
+        result[offset : offset + len(data)] = data
+    return bytes(result)
 
 
 def _reset(site: AccessSite) -> AccessSite:

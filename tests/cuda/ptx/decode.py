@@ -43,7 +43,8 @@ class Decoder:
     """Register slots, symbol addresses, parameters and access sites of one kernel.
 
     Attributes:
-        parameters: offset of each parameter in the parameter space, whose size is ``parameter_bytes``.
+        parameters: size of each parameter.
+        parameter_offsets: where each of them lies in the parameter space, which has ``parameter_bytes``.
 
     Args:
         addresses: offset or address of every variable the kernel may name.
@@ -61,8 +62,9 @@ class Decoder:
         files: Mapping[int, str],
     ) -> None:
         self.kernel = kernel
-        self.parameters, self.parameter_bytes = _parameter_offsets(kernel)
-        self.addresses = {**addresses, **self.parameters}
+        self.parameters = {p.name: p.size for p in kernel.params}
+        self.parameter_offsets, self.parameter_bytes = _parameter_offsets(kernel)
+        self.addresses = {**addresses, **self.parameter_offsets}
         self.memory = memory
         self.statistics = statistics
         self.files = files

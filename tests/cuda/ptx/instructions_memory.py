@@ -125,22 +125,21 @@ def _ld_param(form: Form, kind: PtxType, items: tuple[syntax.Operand, ...]) -> S
     source = form.operands[1]
     writes = [form.write(item, kind) for item in items]
     size = kind.size * len(items)
-    bounds = [(form.decoder.parameters[p.name], p.size) for p in form.decoder.kernel.params]
     if isinstance(source, syntax.Memory) and isinstance(source.base, syntax.Symbol):
         name, offset = source.base.name, source.base.offset + source.offset
         if name not in form.decoder.parameters:
             raise form.unknown(f"parameter {name}")
-        at = form.decoder.parameters[name] + offset
-        if not any(first <= at and at + size <= first + length for first, length in bounds):
+        if not 0 <= offset <= form.decoder.parameters[name] - size:
             raise OutOfBounds(f"ld.param outside its parameter in: {form.instruction.text}")
 
         def load_known(batch: Batch, lanes: Lanes) -> None:
-            values = np.frombuffer(batch.parameters, kind.dtype, len(writes), at)
+            values = np.frombuffer(batch.parameters[name], kind.dtype, len(writes), offset)
             for k, write in enumerate(writes):
                 write(batch, lanes, values[k])
 
         return load_known
     read_address = address_reader(form, source)
+    bounds = [(form.decoder.parameter_offsets[name], length) for name, length in form.decoder.parameters.items()]
 
     def load(batch: Batch, lanes: Lanes) -> None:
         address = read_address(batch, lanes)
@@ -150,7 +149,7 @@ def _ld_param(form: Form, kind: PtxType, items: tuple[syntax.Operand, ...]) -> S
         if not inside.all():
             k = int(np.argmin(inside))
             raise OutOfBounds(f"load of {size} bytes at {int(address[k])} of the parameters, outside all of them", k)
-        space = np.frombuffer(batch.parameters, np.uint8)
+        space = np.frombuffer(batch.parameter_space, np.uint8)
         rows = np.ascontiguousarray(space[address[:, None] + np.arange(size)])
         columns = rows.view(kind.dtype).T.copy()
         for k, write in enumerate(writes):

@@ -96,7 +96,7 @@ class Batch:
         shared_bytes: static plus dynamic shared memory of a block; dynamic_bytes: the dynamic part of it.
         shared_granule: smallest shared access of the kernel in bytes.
         local_bytes: local memory of a thread.
-        parameters: the parameter space.
+        parameters: bytes of every kernel parameter, by name; parameter_space: all of them at their offsets.
         races: look for data races in shared memory.
     """
 
@@ -111,12 +111,14 @@ class Batch:
         dynamic_bytes: int,
         shared_granule: int,
         local_bytes: int,
-        parameters: bytes,
+        parameters: dict[str, bytes],
+        parameter_space: bytes,
         races: bool,
     ) -> None:
         self.grid, self.block = grid, block
         self.shared_bytes, self.dynamic_bytes = shared_bytes, dynamic_bytes
         self.parameters = parameters
+        self.parameter_space = parameter_space
         self.blocks = blocks
         self.threads = block[0] * block[1] * block[2]
         self.lane_count = len(blocks) * self.threads

@@ -191,7 +191,10 @@ class Machine:
         program = self.program(name)
         grid3, block3 = _three(grid, "grid"), _three(block, "block")
         self._check_launch(program, grid3, block3)
-        parameters = _parameters(program, arguments)
+        parameters = _parameters(program.kernel, arguments)
+        space = bytearray(program.decoder.parameter_bytes)
+        for parameter, offset in program.decoder.parameter_offsets.items():
+            space[offset : offset + len(parameters[parameter])] = parameters[parameter]
         result = LaunchResult(name, grid3, block3, program.shared_static + shared_bytes)
         program.decoder.sites[:] = [_reset(site) for site in program.decoder.sites]
         self.memory.begin_launch(program.decoder.granule["global"], self.races)
@@ -210,6 +213,7 @@ class Machine:
                     program.decoder.granule["shared"],
                     program.local_bytes,
                     parameters,
+                    bytes(space),
                     self.races,
                 )
                 _Run(self, program, batch, result).run()
@@ -304,12 +308,11 @@ def _three(size: int | Sequence[int], what: str) -> tuple[int, int, int]:
     return values[0], values[1], values[2]
 
 
-def _parameters(program: Program, arguments: Sequence[Any]) -> bytes:
-    """The parameter space with every argument at its parameter's offset."""
-    kernel = program.kernel
+def _parameters(kernel: Kernel, arguments: Sequence[Any]) -> dict[str, bytes]:
+    """The bytes of every parameter, by name."""
     if len(arguments) != len(kernel.params):
         raise LaunchError(f"kernel {kernel.name} has {len(kernel.params)} parameters, got {len(arguments)} arguments")
-    result = bytearray(program.decoder.parameter_bytes)
+    result = {}
     for k, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
         if isinstance(argument, Allocation):
             argument = argument.base
@@ -318,9 +321,8 @@ def _parameters(program: Program, arguments: Sequence[Any]) -> bytes:
         data = bytes(argument) if isinstance(argument, (bytes, bytearray)) else np.asarray(argument).tobytes()
         if len(data) != parameter.size:
             raise LaunchError(f"kernel {kernel.name}, argument {k}: {len(data)} bytes, parameter has {parameter.size}")
-        offset = program.decoder.parameters[parameter.name]
-        result[offset : offset + len(data)] = data
-    return bytes(result)
+        result[parameter.name] = data
+    return result
 
 
 def _reset(site: AccessSite) -> AccessSite:

@@ -268,7 +268,7 @@ def _cached(
     final = root / f"{kind}-{digest.hexdigest()[:24]}"
     if final.is_dir():
         return final
-    root.mkdir(exist_ok=True)
+    root.mkdir(mode=0o700, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=root))
     try:
         make(scratch)
@@ -369,15 +369,22 @@ class MockRuntime:
         self.library.mock_set_driver(int(present))
 
     @contextlib.contextmanager
-    def mapped(self, **arrays: Any) -> Iterator[None]:
-        """Make arrays (numpy, or torch CPU tensors) device memory while inside; raises a kernel's fault at the end."""
+    def mapped(self, unwritten: Sequence[str] = (), **arrays: Any) -> Iterator[None]:
+        """Make arrays device memory while inside; a kernel's fault is raised at the end.
+
+        Args:
+            unwritten: names of workspaces and outputs, which kernels must write before they read them.
+            arrays: numpy arrays or torch CPU tensors, by the name that messages use.
+        """
         allocations: list[Allocation] = []
         try:
             for name, array in arrays.items():
+                written = name not in unwritten
                 if isinstance(array, np.ndarray):
-                    allocations.append(self.memory.attach(name, array))
+                    allocations.append(self.memory.attach(name, array, written=written))
                 else:
-                    allocations.append(self.memory.attach_raw(name, array.data_ptr(), tensor_bytes(array)))
+                    size = tensor_bytes(array)
+                    allocations.append(self.memory.attach_raw(name, array.data_ptr(), size, written=written))
             yield
         finally:
             for allocation in allocations:

@@ -29,6 +29,16 @@ THREAD_INDEX = """
     mad.lo.s32 %r1, %r2, %r3, %r0;
     cvt.u64.u32 %d0, %r1;
 """
+#: %d3 = address of x[i], %d4 = address of y[i], 4-byte elements
+ADDRESSES = "shl.b64 %d2, %d0, 2; add.s64 %d3, %d10, %d2; add.s64 %d4, %d11, %d2;"
+SHARED = ".shared .align 16 .b8 tile[256];\n"
+#: %r5 = address of the thread's word in shared memory, %r6 = its neighbour's
+WORDS = "mov.u32 %r4, tile; shl.b32 %r5, %r0, 2; add.s32 %r5, %r5, %r4; xor.b32 %r6, %r5, 4;"
+
+
+def words(count: int) -> Array:
+    """0, 1, 2, ... as uint32."""
+    return np.arange(count, dtype=np.uint32)
 
 
 def kernel(body: str, params: Sequence[str] = (), declarations: str = "") -> str:

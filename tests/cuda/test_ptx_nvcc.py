@@ -97,6 +97,28 @@ def test_right_kernels_compute_what_they_say(runtime: MockRuntime) -> None:
     assert launch(runtime, "shift", values(256), blocks=2) == 0
 
 
+def test_torch_tensors_end_at_their_last_element(runtime: MockRuntime) -> None:
+    torch = pytest.importorskip("torch")
+    number = KERNELS.index("scale")
+    storage = torch.ones(64)
+    rows = storage.view(4, 16)[:, :10]  # the last row ends 6 elements before the storage
+    with runtime.mapped(x=rows):
+        assert runtime.library.run_kernel(number, 0, rows.data_ptr(), 58, 1, 32, 0, None) == 0
+    assert storage.tolist() == [2.0] * 58 + [1.0] * 6
+    with pytest.raises(OutOfBounds, match="offset 232 of 'x', which has 232 bytes"), runtime.mapped(x=rows):
+        runtime.library.run_kernel(number, 0, rows.data_ptr(), 59, 1, 32, 0, None)
+
+
+def test_an_output_must_be_written_before_it_is_read(runtime: MockRuntime) -> None:
+    x = values(64)
+    arguments = (0, x.ctypes.data, 64, 1, 64, 0, None)
+    with runtime.mapped(["x"], x=x):
+        assert runtime.library.run_kernel(KERNELS.index("count"), *arguments) == 0
+        assert runtime.library.run_kernel(KERNELS.index("scale"), *arguments) == 0
+    with pytest.raises(Uninitialised, match="'x' "), runtime.mapped(["x"], x=x):
+        runtime.library.run_kernel(KERNELS.index("scale"), *arguments)
+
+
 def test_launches_are_recorded_as_they_were_made(runtime: MockRuntime) -> None:
     launch(runtime, "scale", values(100), blocks=3, threads=96, shared=400)
     (record,) = runtime.launches

@@ -3,6 +3,8 @@
 It holds no kernel of the project and needs neither a GPU nor nvcc. See ``tests/cuda/README.md`` for what it proves.
 """
 
+import numpy as _numpy
+
 from .faults import (
     BadShuffle,
     DivergentBarrier,
@@ -17,6 +19,9 @@ from .faults import (
 from .machine import LaunchResult, Machine
 from .memory import GlobalMemory
 from .parser import Module, PtxSyntaxError, parse
+
+if int(_numpy.__version__.split(".")[0]) < 2:
+    raise ImportError(f"the PTX machine relies on numpy 2's promotion of types, found numpy {_numpy.__version__}")
 
 __all__ = [
     "BadShuffle",

@@ -26,19 +26,21 @@ class Access:
 
     Attributes:
         space: ``global``, ``shared``, ``local``, or ``generic`` (decided by the address when it runs).
+        coherent: False for ld.global.nc, which needs memory that nothing writes during the launch.
     """
 
     memory: GlobalMemory
     space: str
     size: int
     site: AccessSite | None
+    coherent: bool = True
 
     def load(self, batch: Batch, lanes: Lanes, address: Array) -> Array:
         space, address = self.resolve(address)
         self.count(lanes, space, address)
         stamps = batch.stamps[lanes.select]
         if space == "global":
-            return self.memory.load(address, self.size, stamps)
+            return self.memory.load(address, self.size, stamps, coherent=self.coherent)
         if space == "shared":
             return batch.shared.load(address, batch.slot[lanes.select], self.size, stamps)
         return batch.local.load(address, lanes.index, self.size, stamps)

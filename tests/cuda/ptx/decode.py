@@ -150,7 +150,7 @@ class Decoder:
             raise UnknownInstruction(f"register {name} (.{have.name}) read as .{kind.name} in: {instruction.text}")
 
         def read(batch: Batch, lanes: Lanes) -> Array:
-            if batch.defined[slot] is not True:
+            if batch.known[slot] is not lanes and batch.defined[slot] is not True:
                 batch.check_defined(slot, lanes)
             return batch.registers[slot][lanes.select].view(dtype)  # type: ignore[index]
 
@@ -159,7 +159,7 @@ class Decoder:
         bits = kind.bits
 
         def read_low(batch: Batch, lanes: Lanes) -> Array:
-            if batch.defined[slot] is not True:
+            if batch.known[slot] is not lanes and batch.defined[slot] is not True:
                 batch.check_defined(slot, lanes)
             return batch.registers[slot][lanes.select].astype(bits).view(dtype)  # type: ignore[index]
 
@@ -214,13 +214,8 @@ def _write(batch: Batch, lanes: Lanes, slot: int, bits: np.dtype[Any], value: An
     if stored is None:
         stored = batch.registers[slot] = np.zeros(batch.lane_count, bits)
     stored[lanes.select] = value
-    defined = batch.defined[slot]
-    if defined is not True:
-        if defined is False:
-            defined = batch.defined[slot] = np.zeros(batch.lane_count, bool)
-        defined[lanes.select] = True
-        if defined.all():
-            batch.defined[slot] = True
+    if batch.known[slot] is not lanes and batch.defined[slot] is not True:
+        batch.define(slot, lanes)
 
 
 def _guard(step: Step, predicate: Reader) -> Step:

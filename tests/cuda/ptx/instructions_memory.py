@@ -28,7 +28,6 @@ CACHE_HINTS = [
     "cv",
     "wb",
     "wt",
-    "nc",
     "L1::evict_normal",
     "L1::evict_unchanged",
     "L1::evict_first",
@@ -93,6 +92,7 @@ def _ld(form: Form) -> Step:
     kind = form.type(MEMORY_TYPES)
     _volatile(form)
     space = _space(form)
+    coherent = form.take("nc") is None
     take_hints(form)
     form.count(2)
     items = _vector(form, form.operands[0])
@@ -100,6 +100,7 @@ def _ld(form: Form) -> Step:
         return _ld_param(form, kind, items)
     read_address = address_reader(form, form.operands[1])
     access = form.decoder.access(space, "load", kind.size * len(items), form.instruction)
+    access.coherent = coherent
     writes = [form.write(item, kind) for item in items]
     dtype = kind.bits
 
@@ -143,7 +144,9 @@ def _ld_param(form: Form, kind: PtxType, items: tuple[syntax.Operand, ...]) -> S
 
     def load(batch: Batch, lanes: Lanes) -> None:
         address = read_address(batch, lanes)
-        inside = np.zeros(lanes.count, bool)
+        if (address == address[0]).all():  # the usual case: all lanes read one place
+            address = address[:1]
+        inside = np.zeros(len(address), bool)
         for first, length in bounds:
             inside |= (address >= first) & (address + size <= first + length)
         if not inside.all():
@@ -153,7 +156,7 @@ def _ld_param(form: Form, kind: PtxType, items: tuple[syntax.Operand, ...]) -> S
         rows = np.ascontiguousarray(space[address[:, None] + np.arange(size)])
         columns = rows.view(kind.dtype).T.copy()
         for k, write in enumerate(writes):
-            write(batch, lanes, columns[k])
+            write(batch, lanes, columns[k] if len(address) > 1 else columns[k, 0])
 
     return load
 

@@ -137,6 +137,8 @@ class Batch:
         self.registers: list[Array | None] = [None] * len(register_bits)
         # per register: True once every lane has written it, else which lanes have
         self.defined: list[Array | bool] = [False] * len(register_bits)
+        # per register: the group last found to have written it, which saves looking again
+        self.known: list[Lanes | None] = [None] * len(register_bits)
         self.shared = PieceMemory("shared", len(blocks), shared_bytes, shared_granule, races=races)
         self.local = PieceMemory("local", self.lane_count, local_bytes, 1, races=False)
         self.async_copies: list[AsyncCopy] = []  # cp.async not waited for
@@ -148,10 +150,22 @@ class Batch:
         defined = self.defined[slot]
         if defined is True:
             return
-        bad = np.ones(lanes.count, bool) if defined is False else ~defined[lanes.select]
-        if bad.any():
+        good = np.zeros(lanes.count, bool) if defined is False else defined[lanes.select]
+        if not good.all():
             name = self.register_names[slot].split("#")[0]
-            raise Uninitialised(f"read of register {name}, which nothing has written", int(np.argmax(bad)))
+            raise Uninitialised(f"read of register {name}, which nothing has written", int(np.argmin(good)))
+        self.known[slot] = lanes
+
+    def define(self, slot: int, lanes: Lanes) -> None:
+        """Note that the group has written the register."""
+        defined = self.defined[slot]
+        if defined is False:
+            defined = self.defined[slot] = np.zeros(self.lane_count, bool)
+        if defined is not True:
+            defined[lanes.select] = True
+            if defined.all():
+                self.defined[slot] = True
+        self.known[slot] = lanes
 
     def pass_barrier(self, slots: Array) -> None:
         """Order everything before a barrier against everything after it, for the blocks in ``slots``."""

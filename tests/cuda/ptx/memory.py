@@ -76,9 +76,14 @@ class Shadow:
             return self.writer, self.reader, stamp
         return self.writer.reshape(-1, count), self.reader.reshape(-1, count), stamp[:, None]
 
-    def load(self, row: Array, size: int, stamp: Array) -> None:
-        """Note a read of rows; raise Race when another thread's write is not ordered before it."""
+    def load(self, row: Array, size: int, stamp: Array, coherent: bool = True) -> None:
+        """Note a read of rows; raise Race when another thread's write is not ordered before it.
+
+        A load that is not coherent may return what was there before the launch, so it must not see any write.
+        """
         writer, reader, stamp = self._views(size, stamp)
+        if not coherent and (stale := writer[row] != NOBODY).any():
+            raise Race("a non-coherent load (ld.global.nc) reads what this launch has written", _first(stale))
         _check_conflict(writer[row], stamp, "reads what", "wrote")
         old = reader[row]
         new = np.broadcast_to(stamp, old.shape)
@@ -259,24 +264,26 @@ class GlobalMemory:
         lead = base % ALIGN
         store = np.zeros((lead + len(data) + ALIGN - 1) // ALIGN * ALIGN, np.uint8)
         store[lead : lead + len(data)] = data
-        valid = None
-        if not written:
-            valid = np.zeros(len(store), np.bool_)
+        valid = None if written else np.zeros(len(store), np.bool_)
         return self._insert(Allocation(name, base, len(data), store, valid))
 
-    def attach(self, name: str, array: Array) -> Allocation:
+    def attach(self, name: str, array: Array, *, written: bool = True) -> Allocation:
         """Map a C-contiguous host array at its own address, in place: kernels read and write the array itself."""
         if not array.flags.c_contiguous:
             raise ValueError(f"array '{name}' must be C-contiguous to be mapped as device memory")
-        return self.attach_raw(name, array.ctypes.data, array.nbytes)
+        return self.attach_raw(name, array.ctypes.data, array.nbytes, written=written)
 
-    def attach_raw(self, name: str, base: int, size: int) -> Allocation:
-        """Map ``size`` bytes of host memory at their own address; the caller keeps them alive."""
+    def attach_raw(self, name: str, base: int, size: int, *, written: bool = True) -> Allocation:
+        """Map ``size`` bytes of host memory at their own address; the caller keeps them alive.
+
+        ``written`` is False for a workspace, as in ``add``.
+        """
         origin = base // ALIGN * ALIGN
         padded = (base - origin + size + ALIGN - 1) // ALIGN * ALIGN
         # the view begins and ends up to 31 bytes outside; the bounds check keeps every access inside
         store = np.ctypeslib.as_array((ctypes.c_uint8 * padded).from_address(origin))
-        return self._insert(Allocation(name, base, size, store))
+        valid = None if written else np.zeros(len(store), np.bool_)
+        return self._insert(Allocation(name, base, size, store, valid))
 
     def add_sparse(
         self, name: str, size: int, address: int | None = None, fill: Callable[[Array], Array] | None = None
@@ -307,7 +314,7 @@ class GlobalMemory:
             allocation.shadow = None
             allocation.loaded_bytes = allocation.stored_bytes = 0
 
-    def load(self, address: Array, size: int, stamp: Array | None) -> Array:
+    def load(self, address: Array, size: int, stamp: Array | None, *, coherent: bool = True) -> Array:
         """Rows at ``address`` (int64[lanes]); ``stamp`` None leaves races unchecked (atomics)."""
         _check_aligned(address, size, "global load")
         result: Array | None = None
@@ -318,7 +325,7 @@ class GlobalMemory:
                 if allocation.valid is not None and not (valid := rows_of_flags(allocation.valid, size)[row]).all():
                     raise Uninitialised("global load of bytes that nothing has written", _first(~valid))
                 if self._granule is not None and stamp is not None:
-                    self._shadow(allocation).load(row, size, stamp if chosen is None else stamp[chosen])
+                    self._shadow(allocation).load(row, size, stamp if chosen is None else stamp[chosen], coherent)
             allocation.loaded_bytes += size * len(at)
             values = rows_of(allocation.store, size)[row]
             if chosen is None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from qgm_ext import ops
@@ -175,6 +176,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self._bindings[index : index + 1] = [binding]
         return binding.flat
 
+    # A compiled function that calls it breaks its graph here: what it does hangs on addresses.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
@@ -261,9 +264,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                     "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                     f"group {index} has {len(ids)} parameters there and {len(params)} here"
                 )
+            saved["params"] = params
             names = self._check_saved_group(index, saved)
             owners.update((key, (p, names)) for key, p in zip(ids, params, strict=True))
-            saved["params"] = params
             if "param_names" in group:
                 saved.setdefault("param_names", group["param_names"])
         state: defaultdict[Any, Any] = defaultdict(dict)

@@ -1,0 +1,477 @@
+"""The command line: ``qgm train | topology | algorithms | bench | doctor``.
+
+It reads words, calls :mod:`qgm_ext.experiments` and shows what comes back; nothing is computed here. A user's mistake
+is one line on stderr and exit code 2; what goes wrong later, in the middle of a run, is exit code 1; ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    print(f"qgm needs the package {error.name}: pip install 'qgm_ext[train]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+import torch
+
+import qgm_ext
+from qgm_ext import algorithms, data, models
+from qgm_ext import topology as topologies
+from qgm_ext.experiments import bench as benchmark
+from qgm_ext.experiments import config as configs
+from qgm_ext.experiments import doctor as medicine
+from qgm_ext.experiments import runfolder, schedules
+from qgm_ext.experiments.train import Record, Result, Training
+from qgm_ext.stacked import NonFiniteGradientError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="qgm",
+    rich_markup_mode="rich",
+    help="Decentralized deep learning with quasi-global momentum.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_EXIT_FAILED, _EXIT_USAGE = 1, 2
+_LARGEST_PRINTED_MATRIX = 12
+_SHOWN_WORKERS = 32
+_PIPE_WIDTH = 110
+
+
+def _console() -> Console:
+    """The terminal as wide as it is; in a pipe, wide enough for our tables."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``qgm``."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qgm_ext {qgm_ext.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+# train ----------------------------------------------------------------------------------------------------------------
+
+_WHAT, _HOW, _LENGTH, _MACHINE, _FILES = "What to train", "Optimizer", "Length", "Machine", "Files"
+
+
+def _option(panel: str | None, text: str, default: str | None = None, *names: str, **more: Any) -> Any:
+    """An option whose default is filled in later, by TrainConfig, and so can only be told in words."""
+    shown = f"{text} [dim]\\[default: {default}][/dim]" if default else text
+    return typer.Option(*names, help=shown, rich_help_panel=panel, show_default=False, **more)
+
+
+@app.command()
+def train(
+    algorithm: Annotated[str | None, _option(_WHAT, "One of `qgm algorithms`.", "qg_dsgdm_n")] = None,
+    topology: Annotated[str | None, _option(_WHAT, f"{', '.join(topologies.names())}.", "ring")] = None,
+    workers: Annotated[int | None, _option(_WHAT, "Number of workers.", "16", "--workers", "-n")] = None,
+    data: Annotated[str | None, _option(_WHAT, f"{', '.join(data.names())}.", "digits")] = None,
+    data_root: Annotated[str | None, _option(_WHAT, "Folder of the data set's files.", "the usual places")] = None,
+    num_train: Annotated[int | None, _option(_WHAT, "Use so many training images.", "all")] = None,
+    partition: Annotated[str | None, _option(_WHAT, f"{', '.join(configs.PARTITIONS)}.", "dirichlet")] = None,
+    alpha: Annotated[
+        float | None, _option(_WHAT, "Heterogeneity of the Dirichlet partition; small is heterogeneous.", "0.1")
+    ] = None,
+    model: Annotated[str | None, _option(_WHAT, f"{', '.join(models.names())}.", "mlp")] = None,
+    batch: Annotated[int | None, _option(_WHAT, "Samples per worker and step.", "16")] = None,
+    seed: Annotated[int | None, _option(_WHAT, "Of model, partition and batches.", "0")] = None,
+    lr: Annotated[float | None, _option(_HOW, "Peak step size.", "0.1, or the algorithm's own")] = None,
+    momentum: Annotated[float | None, _option(_HOW, "Beta, in [0, 1).", "the algorithm's")] = None,
+    qg_momentum: Annotated[float | None, _option(_HOW, "Mu of quasi-global momentum.", "the algorithm's")] = None,
+    weight_decay: Annotated[float | None, _option(_HOW, "Lambda.", "the algorithm's")] = None,
+    local_step: Annotated[int | None, _option(_HOW, "Steps averaged by quasi-global momentum.", "1")] = None,
+    hyper: Annotated[
+        list[str] | None,
+        _option(_HOW, "Any other hyper-parameter of the algorithm; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
+    schedule: Annotated[str | None, _option(_HOW, f"{', '.join(schedules.names())}.", "constant")] = None,
+    warmup_epochs: Annotated[float | None, _option(_HOW, "Linear warm-up, per iteration.", "0")] = None,
+    warmup_from: Annotated[float | None, _option(_HOW, "Step size at its start.", "lr / 10")] = None,
+    clip: Annotated[float | None, _option(_HOW, "Clip each worker's gradient to this norm.", "off")] = None,
+    on_nonfinite: Annotated[
+        str | None, _option(_HOW, f"Infinite or NaN gradient: {', '.join(configs.ON_NONFINITE)}.", "raise")
+    ] = None,
+    epochs: Annotated[int | None, _option(_LENGTH, "Length in epochs.", "100")] = None,
+    steps: Annotated[int | None, _option(_LENGTH, "Length in steps, instead of epochs.")] = None,
+    eval_every: Annotated[int | None, _option(_LENGTH, "Epochs between evaluations.", "1/20 of the run")] = None,
+    dtype: Annotated[str | None, _option(_MACHINE, f"{', '.join(configs.DTYPES)}.", "float32")] = None,
+    device: Annotated[str | None, _option(_MACHINE, "cpu, cuda or cuda:i.", "cpu")] = None,
+    engine: Annotated[
+        str | None, _option(_MACHINE, f"Gradients: {', '.join(configs.ENGINES)}.", "threads, cuda: vmap")
+    ] = None,
+    threads: Annotated[int | None, _option(_MACHINE, "CPU threads.", "as torch has it")] = None,
+    out: Annotated[Path | None, _option(_FILES, "Folder for the run's files, empty or new.", "no files")] = None,
+    resume: Annotated[Path | None, _option(_FILES, "Continue the run in this folder.")] = None,
+    tensorboard: Annotated[bool, _option(_FILES, "Write TensorBoard events, too.", None, "--tensorboard")] = False,
+    checkpoint_seconds: Annotated[float, _option(_FILES, "Seconds between checkpoints.", "5")] = 5.0,
+) -> None:
+    """Train n workers on one machine and show how good their models are.
+
+    With --out the run's files are kept; --resume continues a run that was stopped, to the same result.
+    """
+    arguments = locals()
+    fields = {field.name for field in dataclasses.fields(configs.TrainConfig)} - {"hyper"}
+    given = {name: value for name, value in arguments.items() if name in fields and value is not None}
+    if data_root is not None:
+        given["data_root"] = os.path.abspath(data_root)
+    own = {
+        name: arguments[name]
+        for name in ("momentum", "qg_momentum", "weight_decay", "local_step")
+        if arguments[name] is not None
+    }
+    console = _console()
+    with _user_errors(), contextlib.ExitStack() as stack:
+        if resume is not None:
+            if out is not None:
+                raise ValueError("give --out for a new run or --resume for an old one, not both")
+            if hyper:
+                algorithm = algorithm or configs.loads(resume / runfolder.CONFIG)[0].algorithm
+                own |= _parse_hyper(algorithm, hyper)
+            training = Training.resume(
+                resume, given={**given, "hyper": own}, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds
+            )
+        else:
+            own |= _parse_hyper(algorithm or configs.TrainConfig.algorithm, hyper or [])
+            config = configs.TrainConfig(**given, hyper=own)
+            training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
+        stack.enter_context(training)
+        _announce(console, training)
+        with _stop_on_signal() as stop:
+            result = _run(console, training, stop)
+        if not result.finished:
+            _say_interrupted(training, out or resume, stop)
+            raise typer.Exit(128 + stop.signals[0])
+    _show_result(console, result)
+    if out or resume:
+        console.print(f"Files are in {out or resume}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--hyper must be NAME=VALUE, got {text!r}")
+        found[name.strip().replace("-", "_")] = configs.parse_hyper(algorithm, name.strip().replace("-", "_"), value)
+    return found
+
+
+class _Stop:
+    """Whether the user or the system has asked to stop, and how."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+
+    def __call__(self) -> bool:
+        return bool(self.signals)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Let ctrl-C and SIGTERM end the run between two steps; a second ctrl-C ends it at once.
+
+    A KeyboardInterrupt could come in the middle of a step and leave parameters that no uninterrupted run has.
+    """
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.signals:
+            raise KeyboardInterrupt
+        stop.signals.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _announce(console: Console, training: Training) -> None:
+    config = training.config
+    for note in training.notes:
+        typer.echo(f"qgm: {note}", err=True)
+    hyper = ", ".join(f"{key} {value}" for key, value in {"lr": config.lr, **config.hyper}.items())
+    lines = [
+        f"{config.algorithm} ({hyper}), {config.schedule} schedule",
+        f"{config.workers} workers, {config.topology}; {config.model} on {config.data}; {training.num_steps} steps of "
+        f"{config.batch} samples a worker; {config.dtype} on {config.device}, seed {config.seed}",
+        "",
+        training.partition.describe(training.dataset.train_y.numpy(), training.dataset.num_classes, _SHOWN_WORKERS),
+        "",
+    ]
+    if training.step:
+        lines.append(f"resumed at step {training.step} of {training.num_steps}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _run(console: Console, training: Training, stop: Callable[[], bool]) -> Result:
+    """Run it under a progress bar, or, where there is no terminal, with a line for each evaluation."""
+    if not console.is_terminal:
+        return training.run(
+            on_evaluation=lambda record: console.print(
+                _progress_text(record, training), markup=False, highlight=False, soft_wrap=True
+            ),
+            should_stop=stop,
+        )
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=training.num_steps, completed=training.step)
+        return training.run(
+            on_step=lambda step: progress.update(task, completed=step),
+            on_evaluation=lambda record: progress.update(task, description=_accuracy_text(record)),
+            should_stop=stop,
+        )
+
+
+def _accuracy_text(record: Record) -> str:
+    return f"accuracy {record['accuracy_local_mean']:.1%}, averaged {record['accuracy_average']:.1%}"
+
+
+def _progress_text(record: Record, training: Training) -> str:
+    loss = "" if record["loss"] is None else f", loss {record['loss']:.4f}"
+    return f"step {record['step']}/{training.num_steps}, epoch {record['epoch']:g}{loss}, {_accuracy_text(record)}"
+
+
+def _say_interrupted(training: Training, folder: Path | None, stop: _Stop) -> None:
+    name = signal.Signals(stop.signals[0]).name
+    if folder is None:
+        typer.echo(f"qgm: stopped by {name} at step {training.step}; without --out nothing was kept", err=True)
+    else:
+        typer.echo(
+            f"qgm: stopped by {name} at step {training.step} of {training.num_steps}, checkpoint written; "
+            f"continue with: qgm train --resume {folder}",
+            err=True,
+        )
+
+
+def _show_result(console: Console, result: Result) -> None:
+    summary = result.summary
+    table = Table(box=box.SIMPLE_HEAD, title="Result on the test set", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, key, pattern in (
+        ("accuracy of the local models: mean", "accuracy_local_mean", "{:.2%}"),
+        ("  worst worker", "accuracy_local_min", "{:.2%}"),
+        ("  best worker", "accuracy_local_max", "{:.2%}"),
+        ("accuracy of the averaged model", "accuracy_average", "{:.2%}"),
+        ("consensus distance", "consensus_distance", "{:.4g}"),
+        ("worker-steps per second", "worker_steps_per_second", "{:,.0f}"),
+        ("share of time: gradient", "share_gradient", "{:.1%}"),
+        ("  optimizer", "share_optimizer", "{:.1%}"),
+        ("  evaluation", "share_evaluation", "{:.1%}"),
+        ("seconds", "seconds", "{:.1f}"),
+    ):
+        table.add_row(label, pattern.format(summary[key]))
+    console.print(table)
+
+
+# topology -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def topology(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(topologies.names())}.", show_default=False)],
+    workers: Annotated[int | None, _option(None, "Number of workers.", "16, social 32", "--workers", "-n")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the graph into this file.", show_default=False)] = None,
+) -> None:
+    """Show a topology: degree, spectral gap, eigenvalues, weights and period; draw it with --png."""
+    console = _console()
+    with _user_errors():
+        configs.check_name("topology", configs.canonical_topology(name), topologies.names())
+        made = topologies.get(name, configs.default_workers(name) if workers is None else workers)
+        facts = made.describe()
+        if png is not None:
+            made.save_png(png)
+    low, high = facts["degree_min"], facts["degree_max"]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{made.name} of {made.num_workers} workers", show_header=False)
+    table.title_justify = "left"
+    for label, value in (
+        ("degree", low if low == high else f"{low} to {high}"),
+        ("spectral gap", facts["spectral_gap"]),
+        ("lambda_2", facts["lambda_2"]),
+        ("lambda_n", facts["lambda_n"]),
+        ("weight of a neighbour", _span(facts["weight_min"], facts["weight_max"])),
+        ("weight of oneself", _span(facts["self_weight_min"], facts["self_weight_max"])),
+        ("messages per step, all workers", facts["messages_per_step"]),
+        ("period", "never repeats" if facts["period"] is None else facts["period"]),
+        ("symmetric", "yes" if facts["symmetric"] else "no"),
+    ):
+        table.add_row(label, "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    if made.num_workers <= _LARGEST_PRINTED_MATRIX:
+        shown = made.period or 1
+        for step in range(min(shown, 4)):
+            console.print(_matrix_text(made, step), markup=False, highlight=False, soft_wrap=True)
+    if png is not None:
+        console.print(f"drawn into {png}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _span(low: float | None, high: float | None) -> str | None:
+    if low is None or high is None:
+        return None
+    return f"{low:.6g}" if f"{low:.6g}" == f"{high:.6g}" else f"{low:.6g} to {high:.6g}"
+
+
+def _matrix_text(made: topologies.Topology, step: int) -> str:
+    head = f"mixing matrix of step {step}:" if made.is_time_varying else "mixing matrix:"
+    rows = [" ".join(f"{weight:6.4f}" if weight else "     ." for weight in row) for row in made.matrix(step)]
+    return "\n".join([head, *rows, ""])
+
+
+# algorithms -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="algorithms")
+def list_algorithms() -> None:
+    """List the algorithms: what a worker sends and keeps, hyper-parameters with their defaults, and the source."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("algorithm", no_wrap=True)
+    table.add_column("messages\na step", justify="right")
+    for head in ("state vectors", "hyper-parameters", "source"):
+        table.add_column(head, overflow="fold")
+    for name in algorithms.names():
+        cls = algorithms.get_class(name)
+        hyper = [
+            field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default}"
+            for field in dataclasses.fields(cls)
+        ]
+        table.add_row(name, str(cls.messages), _state_text(cls), "\n".join(hyper), cls.source)
+    _console().print(table)
+
+
+def _state_text(cls: type[algorithms.Algorithm]) -> str:
+    needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+    state = cls(**dict.fromkeys(needed, 0.1)).state_names
+    return "\n".join(state) or "-"
+
+
+# bench and doctor -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Workers x parameters; may be repeated.", metavar="NxD", show_default=False),
+    ] = None,
+    algorithm: Annotated[str, typer.Option(help="Which step to time.")] = "qg_dsgdm_n",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    seconds: Annotated[float, typer.Option(help="How long to measure each size.")] = 1.0,
+) -> None:
+    """Time the fused step on this machine against plain PyTorch and against copying the same bytes."""
+    with _user_errors():
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        sizes = [_parse_size(text) for text in size] if size else list(benchmark.DEFAULT_SIZES)
+        timings = benchmark.measure(sizes, algorithm, seconds)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=f"{algorithm}, ring, float32, threads: {threads}, torch {torch.__version__}",
+            caption="minimum of repeated runs taken in turn; bytes: what a step must read and write at the least",
+            title_justify="left",
+            caption_justify="left",
+        )
+        for head in ("n", "D", "fused ms", "GB/s", "copy ms", "fused / copy", "PyTorch ms", "PyTorch / fused"):
+            table.add_column(head, justify="right", no_wrap=len(head) < 3)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for t in timings:
+                table.add_row(
+                    str(t.workers),
+                    str(t.dim),
+                    f"{1e3 * t.fused:.4g}",
+                    f"{t.bytes / t.fused / 1e9:.1f}",
+                    f"{1e3 * t.copy:.4g}",
+                    f"{t.fused / t.copy:.2f}",
+                    f"{1e3 * t.reference:.4g}",
+                    f"{t.reference / t.fused:.1f}",
+                )
+        finally:
+            torch.set_num_threads(before)
+    _console().print(table)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"--size must be workers x parameters, e.g. 16x100000, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, native modules, threads, devices and a short self-check."""
+    console = _console()
+    wrong = 0
+    for finding in medicine.examine():
+        mark = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}[finding.verdict]
+        console.print(f"{mark} {finding.what}: {finding.found}", markup=False, highlight=False, soft_wrap=True)
+        wrong += finding.verdict == "wrong"
+    if wrong:
+        typer.echo(f"qgm: {wrong} problem{'s' if wrong > 1 else ''} found", err=True)
+        raise typer.Exit(_EXIT_FAILED)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what the library raises on wrong input into one line on stderr."""
+    try:
+        yield
+    except NonFiniteGradientError as error:
+        _fail(f"{error}; a smaller --lr or --clip may help", _EXIT_FAILED)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(str(error), _EXIT_USAGE)
+    except KeyboardInterrupt:
+        _fail("stopped", 128 + signal.SIGINT)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"qgm: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,309 @@
+"""TrainConfig: everything that decides the outcome of a training run, checked, and its form in config.json.
+
+What does not decide the outcome (where the run is stored, how often it is saved, how it is shown) is not here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qgm_ext import algorithms, data, models, topology
+from qgm_ext.algorithms import check_number
+from qgm_ext.experiments import schedules
+from qgm_ext.simulator import EngineChoice
+from qgm_ext.stacked import OnNonfinite
+
+__all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse_hyper"]
+
+CONFIG_FORMAT = "qgm_ext.train/1"
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ENGINES: tuple[str, ...] = typing.get_args(EngineChoice)
+PARTITIONS = ("dirichlet", "iid", "sorted")
+ON_NONFINITE: tuple[str, ...] = typing.get_args(OnNonfinite)
+
+_LATER: Any = None  # filled in by __post_init__, so that the field's type can be what users of a config see
+_DEFAULT_WORKERS = 16
+_DEFAULT_LR = 0.1
+_DEFAULT_EPOCHS = 100
+# How often a run is evaluated if nothing is said: enough points for a curve, little time.
+_DEFAULT_EVALUATIONS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of n workers on one device. None means: fill in the default; no None is left but where noted.
+
+    Args:
+        algorithm: a name from :func:`qgm_ext.algorithms.names`.
+        hyper: its hyper-parameters except lr; those left out take the algorithm's defaults.
+        topology: a name from :func:`qgm_ext.topology.names`.
+        workers: n >= 1. (Default: 16, or what the topology prescribes.)
+        data: a name from :func:`qgm_ext.data.names`.
+        data_root: folder of the data set's files; None: the usual places.
+        num_train: use so many training images; None: all.
+        partition: how the training set is split: "dirichlet", "iid" or "sorted".
+        alpha: heterogeneity of the Dirichlet partition, > 0; small is heterogeneous.
+        model: a name from :func:`qgm_ext.models.names`.
+        epochs: length of the run; None if ``steps`` says it. (Default: 100.)
+        steps: length of the run; None if ``epochs`` says it.
+        batch: samples per worker and step, >= 1.
+        lr: peak step size, >= 0. (Default: the algorithm's own, else 0.1.)
+        schedule: "constant", "step" or "cosine", see :class:`qgm_ext.experiments.schedules.Schedule`.
+        warmup_epochs: length of the warm-up, >= 0.
+        warmup_from: step size at its start, in [0, lr]. (Default: lr / 10.)
+        clip: largest gradient norm of a worker, > 0; None: no clipping.
+        seed: of the initial model, the partition, the batches and ``num_train``; in [0, 2**32).
+        dtype: of parameters and gradients: "float32", "float64", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:i".
+        engine: how gradients are computed, see :mod:`qgm_ext.engines`: "loop", "threads", "vmap", or "auto", which is
+            measured at the start and then kept; other engines give other last bits. (Default: "threads", whose bits
+            don't depend on the number of threads; on CUDA "vmap".)
+        threads: CPU threads. (Default: as torch has it.)
+        eval_every: epochs between evaluations, >= 1. (Default: about 20 evaluations in a run.)
+        on_nonfinite: "raise", "skip" or "ignore" a gradient with an infinity or NaN.
+
+    Raises:
+        TypeError, ValueError: if a field is wrong; it is named with what was expected and what came.
+
+    Example:
+        >>> config = TrainConfig(algorithm="dsgdm", hyper={"momentum": 0.5}, steps=10)
+        >>> config.hyper, config.epochs
+        ({'weight_decay': 0.0, 'momentum': 0.5}, None)
+    """
+
+    algorithm: str = "qg_dsgdm_n"
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    topology: str = "ring"
+    workers: int = _LATER
+    data: str = "digits"
+    data_root: str | None = None
+    num_train: int | None = None
+    partition: str = "dirichlet"
+    alpha: float = 0.1
+    model: str = "mlp"
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int = 16
+    lr: float = _LATER
+    schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    warmup_from: float = _LATER
+    clip: float | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    engine: EngineChoice = _LATER
+    threads: int = _LATER
+    eval_every: int = _LATER
+    on_nonfinite: OnNonfinite = "raise"
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        self._fill("lr", _own_default(algorithms.get_class(self.algorithm), "lr", _DEFAULT_LR))
+        check_number("lr", self.lr, low=0.0)
+        object.__setattr__(self, "hyper", self._complete_hyper())
+        self._fill("workers", default_workers(self.topology))
+        self._fill("threads", torch.get_num_threads())
+        for name, low in (("workers", 1), ("batch", 1), ("threads", 1)):
+            _check_integer(name, getattr(self, name), low)
+        _check_integer("seed", self.seed, 0, 2**32 - 1)
+        for name in ("num_train", "epochs", "steps"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"give epochs or steps, not both: got epochs={self.epochs} and steps={self.steps}")
+        if self.steps is None:
+            self._fill("epochs", _DEFAULT_EPOCHS)
+        self._fill("eval_every", max(1, -(-(self.epochs or 1) // _DEFAULT_EVALUATIONS)))
+        _check_integer("eval_every", self.eval_every, 1)
+        check_number("alpha", self.alpha, low=0.0)
+        if self.alpha == 0:
+            raise ValueError("alpha must be a finite number > 0, got 0")
+        if self.clip is not None:
+            check_number("clip", self.clip, low=0.0)
+            if self.clip == 0:
+                raise ValueError("clip must be a finite number > 0, got 0")
+        check_number("warmup_epochs", self.warmup_epochs, low=0.0)
+        self._fill("warmup_from", self.lr / 10)
+        check_number("warmup_from", self.warmup_from, low=0.0, high=self.lr)
+        if self.epochs is not None and self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be at most the {self.epochs} epochs, got {self.warmup_epochs:g}")
+        if self.data_root is not None and not isinstance(self.data_root, str):
+            raise TypeError(f"data_root must be a string, got {type(self.data_root).__name__}")
+        _check_device(self.device)
+
+    def _check_names(self) -> None:
+        self._fill("engine", "vmap" if str(self.device).startswith("cuda") else "threads")
+        algorithms.get_class(self.algorithm)  # raises for an unknown name, with the nearest
+        for name, known in (
+            ("topology", topology.names()),
+            ("data", data.names()),
+            ("model", models.names()),
+            ("partition", PARTITIONS),
+            ("schedule", schedules.names()),
+            ("dtype", tuple(DTYPES)),
+            ("engine", ENGINES),
+            ("on_nonfinite", ON_NONFINITE),
+        ):
+            value = getattr(self, name)
+            if name == "topology":
+                value = canonical_topology(value)
+                object.__setattr__(self, name, value)
+            check_name(name, value, known)
+
+    def _complete_hyper(self) -> dict[str, Any]:
+        """The algorithm's hyper-parameters with its defaults filled in, so that a later default can't change a run."""
+        if "lr" in self.hyper:
+            raise ValueError("lr is an argument of its own, not one of hyper")
+        complete = algorithms.get(self.algorithm, lr=self.lr, **self.hyper).describe()
+        return {key: value for key, value in complete.items() if key not in ("name", "lr")}
+
+    def _fill(self, name: str, default: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, default)
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Length of the run in steps."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of parameters and gradients."""
+        return DTYPES[self.dtype]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"hyper": dict(self.hyper)}
+
+    def contradictions(self, given: Mapping[str, Any]) -> list[str]:
+        """What in ``given`` (fields, and hyper-parameters under "hyper") differs from this run, for a person.
+
+        Example:
+            >>> TrainConfig(steps=5).contradictions({"steps": 5, "seed": 3, "hyper": {"momentum": 0.9}})
+            ['seed is 0 in the run, 3 was given']
+        """
+        found = []
+        for name, value in given.items():
+            pairs = value.items() if name == "hyper" else [(name, value)]
+            for key, wanted in pairs:
+                mine = self.hyper.get(key) if name == "hyper" else getattr(self, key)
+                if key == "topology":
+                    wanted = canonical_topology(wanted)
+                if mine != wanted:
+                    found.append(f"{key} is {mine!r} in the run, {wanted!r} was given")
+        return found
+
+
+def dumps(config: TrainConfig, about: Mapping[str, Any]) -> str:
+    """The text of config.json. ``about``: what a reader wants to know of the run besides (versions, ...)."""
+    return json.dumps({"format": CONFIG_FORMAT, **about, "config": config.as_dict()}, indent=2) + "\n"
+
+
+def loads(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Read a config.json: the config, and what else stands in it.
+
+    Raises:
+        ValueError: if it is damaged or of another version; names the file.
+        OSError: if it can't be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{path} is damaged or no config of qgm train: it has no 'format'")
+    if content["format"] != CONFIG_FORMAT:
+        raise ValueError(
+            f"{path} is of version {content['format']!r}, this qgm_ext reads {CONFIG_FORMAT!r}; "
+            f"resume with the qgm_ext that wrote it ({content.get('qgm_ext', 'unknown')})"
+        )
+    stored = content.get("config")
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if not isinstance(stored, dict) or stored.keys() != known:
+        differing = sorted(known ^ stored.keys()) if isinstance(stored, dict) else ["config"]
+        raise ValueError(f"{path} is damaged: missing or unknown fields {', '.join(differing)}")
+    try:
+        hyper = {key: tuple(v) if isinstance(v, list) else v for key, v in stored["hyper"].items()}
+        return TrainConfig(**{**stored, "hyper": hyper}), content
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def parse_hyper(algorithm: str, name: str, text: str) -> Any:
+    """A hyper-parameter from its text on the command line, as the type that the algorithm declares.
+
+    Example:
+        >>> parse_hyper("qg_dsgdm_n", "local_step", "4")
+        4
+
+    Raises:
+        ValueError: if the algorithm has no such hyper-parameter, or the text is of no such type.
+    """
+    cls = algorithms.get_class(algorithm)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(fields))}"
+        raise ValueError(f"{algorithm} has no hyper-parameter {name!r}, {hint}")
+    wanted = typing.get_type_hints(cls)[name]
+    if wanted is str or typing.get_origin(wanted) is typing.Literal:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        # nan and inf are no Python literals; let the algorithm say what it expects of them
+        value = float(text) if re.fullmatch(r"[+-]?(nan|inf(inity)?)", text.lower()) else text
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def check_name(what: str, value: Any, known: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``known``; suggests the nearest."""
+    choices = list(known)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value).lower(), choices, 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def _check_device(device: Any) -> None:
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:i', got {device!r}")
+
+
+def _own_default(cls: type[algorithms.Algorithm], name: str, default: float) -> float:
+    """The default that an algorithm gives one of its fields, or ``default`` if it gives none."""
+    own = {f.name: f.default for f in dataclasses.fields(cls)}[name]
+    return default if own is dataclasses.MISSING else own
+
+
+def canonical_topology(name: str) -> str:
+    """A topology's name as :func:`qgm_ext.topology.names` spells it; "-" and "_" are the same there."""
+    return str(name).strip().lower().replace("-", "_")
+
+
+def default_workers(name: str) -> int:
+    """How many workers a known topology has if nobody says: its own number, where there is only one."""
+    own = inspect.signature(getattr(topology, canonical_topology(name))).parameters["n"].default
+    return _DEFAULT_WORKERS if own is inspect.Parameter.empty else int(own)

@@ -1,0 +1,242 @@
+"""RunFolder: the files of one run, written so that a kill -9 or a power cut at any moment loses no more than a moment.
+
+Every file is written beside its place, flushed to the disk and renamed, so that a reader finds the old one or the new
+one and never half of one. The exception is metrics.jsonl, which grows line by line; its truth is in the checkpoint.
+A lock on the folder keeps a second run out. What the files mean is the business of :mod:`qgm_ext.experiments.train`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+__all__ = ["CHECKPOINT", "CONFIG", "CURVES", "METRICS", "PARTITION", "SUMMARY", "RunFolder", "write_atomically"]
+
+CONFIG = "config.json"
+PARTITION = "partition.npz"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CURVES = "learning_curves.png"
+CHECKPOINT = "checkpoint.pt"
+_LOCK = ".lock"
+
+Record = Mapping[str, Any]
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file in one go: beside its place, flushed to the disk, renamed, and the rename flushed too.
+
+    Args:
+        path: where it shall be; what is there stays until the new file is complete.
+        write: gets the open file and writes the content.
+
+    Raises:
+        OSError: if it can't be written; what was at ``path`` is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+class RunFolder:
+    """The folder of one run, locked until :meth:`close`. Made by :meth:`create` or :meth:`open`; a context manager.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self._metrics: IO[bytes] | None = None
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Take a folder for a new run; it is made if need be.
+
+        Raises:
+            ValueError: if it is not empty, can't be written to, or is in use.
+        """
+        folder = Path(path)
+        _check_empty(folder)  # before anything is written into a folder that is not ours
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = cls(folder, _lock(folder))
+        except OSError as error:
+            raise ValueError(f"out folder {folder} can't be written to: {error.strerror or error}") from error
+        try:
+            _check_empty(folder)  # again: another run may have come first
+            run._remove_leftovers()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Take the folder of an earlier run.
+
+        Raises:
+            ValueError: if there is no run in it, it can't be written to, or is in use.
+        """
+        folder = Path(path)
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"there is no run to resume in {folder}: it holds no {CONFIG}; start one with --out")
+        try:
+            run = cls(folder, _lock(folder))
+        except OSError as error:
+            raise ValueError(f"run folder {folder} can't be written to: {error.strerror or error}") from error
+        run._remove_leftovers()
+        return run
+
+    def file(self, name: str) -> Path:
+        """The path of one of the run's files."""
+        return self.path / name
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file atomically."""
+        write_atomically(self.file(name), lambda file: file.write(text.encode()))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically; infinities and NaN become null."""
+        self.write_text(name, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
+
+    def start_metrics(self, records: Iterable[Record]) -> None:
+        """Make metrics.jsonl hold exactly these records: none in a new run, those of the checkpoint in a resumed one.
+
+        Lines that a killed run wrote after its last checkpoint, a torn one among them, are gone then; the steps that
+        they tell of are done again.
+        """
+        self._close_metrics()
+        write_atomically(self.file(METRICS), lambda file: file.write(b"".join(map(_line, records))))
+        self._metrics = open(self.file(METRICS), "ab")  # noqa: SIM115 (it stays open until close)
+
+    def append_metrics(self, record: Record) -> None:
+        """Append one line to metrics.jsonl, visible to readers at once."""
+        if self._metrics is None:
+            raise RuntimeError("start_metrics comes before append_metrics")
+        self._metrics.write(_line(record))
+        self._metrics.flush()
+
+    def save_checkpoint(self, content: Mapping[str, Any]) -> None:
+        """Write checkpoint.pt atomically, after the metrics that it knows of.
+
+        Args:
+            content: tensors, numbers, strings and containers of them: what torch.load(weights_only=True) can read.
+        """
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+        write_atomically(self.file(CHECKPOINT), lambda file: torch.save(dict(content), file))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """What :meth:`save_checkpoint` wrote last, with tensors on the CPU; None before the first.
+
+        Raises:
+            ValueError: if the file is damaged; names it.
+        """
+        path = self.file(CHECKPOINT)
+        if not path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of the tensors
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"wrong checksum of {broken}")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make zipfile, pickle and torch raise nearly anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is damaged ({reason}); the run can't be resumed from it") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no checkpoint of qgm train: it holds a {type(content).__name__}")
+        return content
+
+    def close(self) -> None:
+        """Close the files and give up the lock."""
+        self._close_metrics()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _line(record: Record) -> bytes:
+    return (json.dumps(_jsonable(record), allow_nan=False) + "\n").encode()
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise ValueError if the folder holds anything but what a run leaves that was killed before its config.json."""
+    if not os.path.lexists(folder):
+        return
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"out folder {folder} can't be used: {error.strerror or error}") from error
+    foreign = [name for name in names if name != _LOCK and not (name.startswith(".") and name.endswith(".tmp"))]
+    if foreign:
+        hint = f"; --resume {folder} continues the run in it" if CONFIG in foreign else ""
+        raise ValueError(f"out folder {folder} is not empty, it holds {foreign[0]}{hint}")
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder and return the open lock file; the system gives the lock up when the process ends."""
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 32).decode(errors="replace").strip()
+        os.close(lock)
+        raise ValueError(f"folder {folder} is in use by another run{f' (process {owner})' if owner else ''}") from None
+    except BaseException:
+        os.close(lock)
+        raise
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
+    return lock
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,510 @@
+"""A training run: n workers on one device, from a TrainConfig to a Result, resumable to the same bits.
+
+``run(config)`` is the whole of it for a script; :class:`Training` is the same in two halves, so that a caller can show
+the partition before the first step. Everything that decides the outcome is in the config; one seed drives the initial
+model, the partition and the batches, each as a function of the step number, so a checkpoint holds little more than
+parameters and state. The files are :mod:`qgm_ext.experiments.runfolder`'s business, and a run without a folder writes
+none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import qgm_ext
+from qgm_ext import algorithms, data, models, ops, topology
+from qgm_ext.experiments import config as configs
+from qgm_ext.experiments import curves, events, runfolder
+from qgm_ext.experiments.config import TrainConfig
+from qgm_ext.experiments.runfolder import RunFolder
+from qgm_ext.experiments.schedules import Schedule
+from qgm_ext.simulator import Simulator
+
+__all__ = ["Record", "Result", "Training", "resume", "run"]
+
+_LARGE_EVALUATION = 1 << 27  # multiply-adds of one model on the test set, from which more threads help
+_CHECKPOINT_FORMAT = "qgm_ext.checkpoint/1"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Args:
+        config: complete, with every default filled in.
+        metrics: one record for each evaluation: step, epoch, loss (mean over workers and steps since the last one),
+            accuracy_local_mean, accuracy_local_min, accuracy_local_max, accuracy_average, consensus_distance, lr,
+            seconds.
+        summary: the last of them, and speed and shares of time.
+        simulator: the trained workers; ``simulator.average_model()`` is the model to use.
+        finished: False if it was stopped before its last step.
+    """
+
+    config: TrainConfig
+    metrics: list[Record]
+    summary: Record
+    simulator: Simulator
+    finished: bool
+
+
+def run(
+    config: TrainConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    tensorboard: bool = False,
+    checkpoint_seconds: float = 5.0,
+) -> Result:
+    """Train.
+
+    Args:
+        config: what to train.
+        out: folder for the run's files, empty or not there yet; None: no files.
+        tensorboard, checkpoint_seconds: as in :class:`Training`.
+
+    Raises:
+        TypeError, ValueError: if something does not fit, before any work.
+        FileNotFoundError, ImportError: if data or a package is missing.
+        NonFiniteGradientError: in the middle, with on_nonfinite="raise".
+
+    Example:
+        >>> result = run(TrainConfig(workers=4, epochs=1, num_train=200))
+        >>> result.finished, [record["step"] for record in result.metrics]
+        (True, [0, 3])
+    """
+    with Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds) as training:
+        return training.run()
+
+
+def resume(out: str | os.PathLike[str], *, checkpoint_seconds: float = 5.0) -> Result:
+    """Continue the run in a folder from its last checkpoint, to the same bits as if it had never stopped.
+
+    Args:
+        out: the folder.
+        checkpoint_seconds: as in :class:`Training`.
+
+    Raises:
+        ValueError: if there is no run in it, or a file is damaged or does not belong to the others.
+    """
+    with Training.resume(out, checkpoint_seconds=checkpoint_seconds) as training:
+        return training.run()
+
+
+class Training:
+    """A run that is ready to start: everything checked, loaded and built. A context manager.
+
+    Args:
+        config: what to train.
+        out: folder for the run's files, empty or not there yet; None: no files.
+        tensorboard: write events to ``out``/tensorboard as well.
+        checkpoint_seconds: seconds between checkpoints; 0: one after every step. Has no influence on the outcome.
+
+    Attributes:
+        config: complete, with every default filled in.
+        dataset, partition: the data and their split.
+        num_steps: length of the run.
+        step: steps done so far.
+        notes: what a user should know of a resumed run.
+
+    Raises: as :func:`run`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        tensorboard: bool = False,
+        checkpoint_seconds: float = 5.0,
+    ) -> None:
+        algorithms.check_number("checkpoint_seconds", checkpoint_seconds, low=0.0)
+        if tensorboard and out is None:
+            raise ValueError("tensorboard needs an out folder, where its events are written")
+        with contextlib.ExitStack() as stack:
+            folder = None if out is None else stack.enter_context(RunFolder.create(out))
+            self._build(config, folder, None, tensorboard, checkpoint_seconds)
+            if folder is not None:
+                # First, for it is what makes the folder a run that can be resumed; all else follows from it.
+                folder.write_text(runfolder.CONFIG, configs.dumps(self.config, self._about()))
+                self.partition.save(folder.file(runfolder.PARTITION))
+            self._stack = stack.pop_all()
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        given: dict[str, Any] | None = None,
+        tensorboard: bool = False,
+        checkpoint_seconds: float = 5.0,
+    ) -> Training:
+        """Take up the run in a folder.
+
+        Args:
+            out: the folder.
+            given: fields of the config that must be as in the run, e.g. because a user repeated them.
+            tensorboard: as in the class; a run that was started with it keeps it.
+            checkpoint_seconds: as in the class.
+
+        Raises:
+            ValueError: if there is no run in the folder, a file is damaged, or ``given`` contradicts the run.
+        """
+        algorithms.check_number("checkpoint_seconds", checkpoint_seconds, low=0.0)
+        self = cls.__new__(cls)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(RunFolder.open(out))
+            config, about = configs.loads(folder.file(runfolder.CONFIG))
+            differing = config.contradictions(given or {})
+            if differing:
+                raise ValueError(f"can't resume {folder.path} with other options: {'; '.join(differing)}")
+            stored = folder.file(runfolder.PARTITION)
+            partition = data.Partition.load(stored) if stored.exists() else None
+            self._build(config, folder, partition, tensorboard or bool(about.get("tensorboard")), checkpoint_seconds)
+            self._check_about(folder, about)
+            if partition is None:  # killed before it was written; what has been drawn again is the same, as checked
+                self.partition.save(stored)
+            checkpoint = folder.load_checkpoint()
+            if checkpoint is not None:
+                self._restore(folder, checkpoint)
+            self._stack = stack.pop_all()
+        return self
+
+    def _build(
+        self,
+        config: TrainConfig,
+        folder: RunFolder | None,
+        partition: data.Partition | None,
+        with_tensorboard: bool,
+        checkpoint_seconds: float,
+    ) -> None:
+        """Load the data and build model, batches and simulator; what fails here has left nothing behind."""
+        self._folder = folder
+        self._tensorboard = with_tensorboard
+        self._checkpoint_seconds = checkpoint_seconds
+        if folder is not None:
+            curves.require_matplotlib()  # at the start rather than at the end of a long run
+        if with_tensorboard:
+            events.require_tensorboard()
+        self._device = _device(config.device)
+        self.dataset = data.load(config.data, config.data_root, num_train=config.num_train, seed=config.seed)
+        self.partition = _partition(config, self.dataset) if partition is None else partition
+        dtype = config.torch_dtype()
+        train_x, train_y = self.dataset.train_x.to(self._device, dtype), self.dataset.train_y.to(self._device)
+        self._test = self.dataset.test_x.to(self._device, dtype), self.dataset.test_y.to(self._device)
+        self._batches = data.WorkerBatches(train_x, train_y, self.partition, config.batch, config.seed)
+        per_epoch = self._batches.steps_per_epoch
+        self.num_steps = config.num_steps(per_epoch)
+        warmup = round(config.warmup_epochs * per_epoch)
+        if warmup > self.num_steps:
+            raise ValueError(f"warmup_epochs must fit into the {self.num_steps} steps of the run, got {warmup} steps")
+        self._schedule = Schedule(
+            name=config.schedule,
+            lr=config.lr,
+            num_steps=self.num_steps,
+            warmup_steps=warmup,
+            warmup_from=config.warmup_from,
+        )
+        with torch.random.fork_rng(devices=[]), _threads(config.threads):
+            torch.manual_seed(config.seed)
+            model = models.get(config.model, self.dataset.input_shape, self.dataset.num_classes)
+            self._sim = Simulator(
+                model,
+                topology.get(config.topology, config.workers),
+                config.algorithm,
+                engine=config.engine,
+                clip_grad_norm=config.clip,
+                on_nonfinite=config.on_nonfinite,
+                device=self._device,
+                dtype=dtype,
+                lr=config.lr,
+                **config.hyper,
+            )
+        self.config = config
+        self.step = 0
+        self._metrics: list[Record] = []
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        self._spent = {"gradient": 0.0, "optimizer": 0.0, "evaluation": 0.0, "total": 0.0}
+        self._rng: dict[str, Tensor] | None = None
+        self.notes: list[str] = []
+
+    def run(
+        self,
+        *,
+        on_step: Callable[[int], object] | None = None,
+        on_evaluation: Callable[[Record], object] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Result:
+        """Train to the end, or until ``should_stop``.
+
+        Args:
+            on_step: called after each step with the number of steps done.
+            on_evaluation: called with each new record.
+            should_stop: asked before each step; True ends the run after a checkpoint, to be resumed.
+
+        Raises:
+            NonFiniteGradientError: with on_nonfinite="raise"; the last checkpoint stays.
+            OSError: if a file can't be written.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_threads(self.config.threads))
+            stack.enter_context(self._seeded())
+            writer: events.EventWriter | None = None
+            if self._folder is not None:
+                self._folder.start_metrics(self._metrics)
+                if self._tensorboard:
+                    writer = events.EventWriter(self._folder.file("tensorboard"), self._metrics)
+                    stack.callback(writer.close)
+
+            def evaluate() -> None:
+                record = self._evaluate(before + time.perf_counter() - start)
+                if self._folder is not None:
+                    self._folder.append_metrics(record)
+                if writer is not None:
+                    writer.write(record)
+                if on_evaluation is not None:
+                    on_evaluation(record)
+
+            before, start = self._spent["total"], time.perf_counter()
+            saved = start
+            every = self.config.eval_every * self._batches.steps_per_epoch
+            if not self._metrics:
+                evaluate()
+            stopped = False
+            while self.step < self.num_steps and not stopped:
+                if should_stop is not None and should_stop():
+                    stopped = True
+                else:
+                    self._step()
+                    if on_step is not None:
+                        on_step(self.step)
+                    if self.step % every == 0 or self.step == self.num_steps:
+                        evaluate()
+                now = time.perf_counter()
+                self._spent["total"] = before + now - start
+                if stopped or self.step == self.num_steps or now - saved >= self._checkpoint_seconds:
+                    self._save_checkpoint()
+                    saved = now
+            result = self._result()
+            if self._folder is not None and result.finished:
+                self._write_outcome(self._folder, result)
+            return result
+
+    def close(self) -> None:
+        """Give up the folder."""
+        self._stack.close()
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _step(self) -> None:
+        lr = self._schedule.at(self.step)
+        losses = self._sim.step(functional.cross_entropy, self._batches.at(self.step), lr=lr)
+        self._loss_sum = self._loss_sum + losses.double().mean()
+        self._loss_count += 1
+        self.step += 1
+
+    def _evaluate(self, seconds: float) -> Record:
+        # A small model is faster on one thread, and on a busy machine very much so: a second one is waited for.
+        work = self._sim.num_parameters * len(self._test[1])
+        with _threads(self.config.threads if work >= _LARGE_EVALUATION else 1):
+            found = self._sim.evaluate(*self._test)
+        record = {
+            "step": self.step,
+            "epoch": self.step / self._batches.steps_per_epoch,
+            "loss": float(self._loss_sum) / self._loss_count if self._loss_count else None,
+            "accuracy_local_mean": found.accuracy_local_mean,
+            "accuracy_local_min": found.accuracy_local_min,
+            "accuracy_local_max": found.accuracy_local_max,
+            "accuracy_average": found.accuracy_average,
+            "consensus_distance": found.consensus_distance,
+            "lr": self._schedule.at(max(self.step - 1, 0)),
+            "seconds": round(seconds, 3),
+        }
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        self._metrics.append(record)
+        return record
+
+    def _result(self) -> Result:
+        spent = self._times()
+        total = max(spent["total"], 1e-9)
+        training = max(total - spent["evaluation"], 1e-9)
+        summary = {key: value for key, value in self._metrics[-1].items() if key != "seconds"}
+        summary |= {
+            "best_accuracy_local_mean": max(record["accuracy_local_mean"] for record in self._metrics),
+            "num_parameters": self._sim.num_parameters,
+            "engine": self._sim.engine,
+            "skipped_steps": self._sim.opt.skipped_steps,
+            "worker_steps_per_second": round(self.config.workers * self.step / training, 1),
+            "share_gradient": round(spent["gradient"] / total, 4),
+            "share_optimizer": round(spent["optimizer"] / total, 4),
+            "share_evaluation": round(spent["evaluation"] / total, 4),
+            "seconds": round(spent["total"], 3),
+        }
+        return Result(self.config, self._metrics, summary, self._sim, self.step == self.num_steps)
+
+    def _write_outcome(self, folder: RunFolder, result: Result) -> None:
+        title = (
+            f"{self.config.algorithm} on {self.config.data}, {self.config.topology} of {self.config.workers}, "
+            f"{_describe_partition(self.config)}, {self.config.model}, lr {self.config.lr:g}, seed {self.config.seed}"
+        )
+        chance = 1 / self.dataset.num_classes
+        runfolder.write_atomically(
+            folder.file(runfolder.CURVES),
+            lambda file: curves.save_learning_curves(file, self._metrics, title, chance),
+        )
+        described = {key: getattr(self.config, key) for key in ("algorithm", "topology", "workers", "data", "seed")}
+        folder.write_json(runfolder.SUMMARY, described | result.summary)
+
+    def _times(self) -> dict[str, float]:
+        """Seconds spent so far, earlier legs of a resumed run included."""
+        return self._spent | {key: self._spent[key] + value for key, value in self._sim.timings._asdict().items()}
+
+    def _save_checkpoint(self) -> None:
+        if self._folder is None:
+            return
+        rng = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self._device)
+        self._folder.save_checkpoint(
+            {
+                "format": _CHECKPOINT_FORMAT,
+                "config_digest": _config_digest(self.config),
+                "step": self.step,
+                "simulator": self._sim.state_dict(),
+                "metrics": self._metrics,
+                "loss_sum": float(self._loss_sum),
+                "loss_count": self._loss_count,
+                "spent": self._times(),
+                "rng": rng,
+            }
+        )
+
+    def _restore(self, folder: RunFolder, checkpoint: dict[str, Any]) -> None:
+        path = folder.file(runfolder.CHECKPOINT)
+        if checkpoint.get("format") != _CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"{path} is of version {checkpoint.get('format')!r}, this qgm_ext reads {_CHECKPOINT_FORMAT!r}; "
+                "resume with the qgm_ext that wrote it"
+            )
+        if checkpoint.get("config_digest") != _config_digest(self.config):
+            raise ValueError(f"{path} belongs to another run than {runfolder.CONFIG} beside it")
+        try:
+            self._sim.load_state_dict(checkpoint["simulator"])
+            self.step = checkpoint["step"]
+            self._metrics = checkpoint["metrics"]
+            self._loss_sum = torch.tensor(checkpoint["loss_sum"], dtype=torch.float64, device=self._device)
+            self._loss_count = checkpoint["loss_count"]
+            self._spent = checkpoint["spent"]
+            self._rng = checkpoint["rng"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Models that draw numbers as they train (dropout) draw the same ones again; the caller's are not touched."""
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            if self._rng is None:
+                torch.manual_seed(self.config.seed)
+            else:
+                torch.set_rng_state(self._rng["cpu"])
+                if devices:
+                    torch.cuda.set_rng_state(self._rng["cuda"], self._device)
+            yield
+
+    def _about(self) -> dict[str, Any]:
+        """What config.json says besides the config: versions, and what the data and the partition were."""
+        return {
+            "qgm_ext": qgm_ext.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "tensorboard": self._tensorboard,
+            "num_steps": self.num_steps,
+            "data_digest": _digest(self.dataset),
+            "partition_digest": self.partition.digest(),
+        }
+
+    def _check_about(self, folder: RunFolder, about: dict[str, Any]) -> None:
+        mine = self._about()
+        if about.get("partition_digest") != mine["partition_digest"]:
+            raise ValueError(f"{folder.file(runfolder.PARTITION)} is not the partition that the run was started with")
+        if about.get("data_digest") != mine["data_digest"]:
+            raise ValueError(
+                f"the data set {self.dataset.name} is not the one that the run in {folder.path} was started with"
+            )
+        self.notes = [
+            f"the run was started with {package} {about.get(package)}, this is {mine[package]}: "
+            "the last bits of the result may differ from an uninterrupted run's"
+            for package in ("qgm_ext", "torch")
+            if about.get(package) != mine[package]
+        ]
+
+
+def _partition(config: TrainConfig, dataset: data.Dataset) -> data.Partition:
+    labels = dataset.train_y.numpy()
+    if config.partition == "dirichlet":
+        return data.dirichlet_partition(labels, config.workers, config.alpha, config.seed)
+    if config.partition == "iid":
+        return data.iid_partition(labels, config.workers, config.seed)
+    return data.sorted_partition(labels, config.workers)
+
+
+def _describe_partition(config: TrainConfig) -> str:
+    return f"alpha {config.alpha:g}" if config.partition == "dirichlet" else config.partition
+
+
+def _digest(dataset: data.Dataset) -> str:
+    """SHA-256 of training and test set, so that a resumed run notices other data."""
+    sha = hashlib.sha256()
+    for tensor in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
+        sha.update(str(tuple(tensor.shape)).encode())
+        sha.update(tensor.contiguous().numpy().data)
+    return sha.hexdigest()
+
+
+def _config_digest(config: TrainConfig) -> str:
+    return hashlib.sha256(configs.dumps(config, {}).encode()).hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    """The device, if kernels for it are built and it is there."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} needs a CUDA device and a torch with CUDA, but torch finds none")
+        if not ops.has_native("cuda"):
+            raise ValueError(f"device {name!r} needs qgm_ext._cuda: QGM_CUDA=1 pip install . where nvcc is")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {name!r}")
+    return device
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads in torch and in our kernels, for the moment."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

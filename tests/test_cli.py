@@ -1,0 +1,452 @@
+"""The command line: every command shows what it should, and a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import qgm_ext
+from qgm_ext import algorithms
+from qgm_ext import topology as topologies
+from qgm_ext.cli import app
+from qgm_ext.experiments import bench as benchmark
+from qgm_ext.experiments import doctor as medicine
+
+SMALL = ("--workers", "4", "--num-train", "200", "--batch", "8", "--threads", "1")
+
+
+def qgm(*arguments):
+    """Exit code and everything that was printed."""
+    result = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, [str(word) for word in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def fails(*arguments):
+    """The one line that a user's mistake gives."""
+    code, output = qgm(*arguments)
+    assert code == 2, output
+    lines = output.strip().splitlines()
+    assert len(lines) == 1, output
+    assert lines[0].startswith("qgm: ")
+    return lines[0]
+
+
+def test_no_command_and_help_list_the_commands():
+    for arguments in ((), ("--help",), ("-h",)):
+        _, output = qgm(*arguments)
+        for command in ("train", "topology", "algorithms", "bench", "doctor"):
+            assert re.search(rf"\b{command}\b", output)
+
+
+@pytest.mark.parametrize("command", ["train", "topology", "algorithms", "bench", "doctor"])
+def test_help_of_every_command(command):
+    code, output = qgm(command, "--help")
+    assert code == 0
+    assert "Usage" in output
+
+
+def test_help_of_train_tells_the_defaults_that_are_used():
+    _, output = qgm("train", "--help")
+    text = " ".join(output.replace("│", " ").split())
+    for option, default in {
+        "--algorithm": "qg_dsgdm_n",
+        "--topology": "ring",
+        "--workers": "16",
+        "--data": "digits",
+        "--alpha": "0.1",
+        "--model": "mlp",
+        "--batch": "16",
+        "--epochs": "100",
+        "--seed": "0",
+    }.items():
+        start = text.index(option)
+        assert f"[default: {default}]" in text[start : start + 300], option
+    from qgm_ext.experiments import TrainConfig
+
+    config = TrainConfig()
+    assert (config.algorithm, config.topology, config.workers, config.data) == ("qg_dsgdm_n", "ring", 16, "digits")
+    assert (config.alpha, config.model, config.batch, config.epochs, config.seed) == (0.1, "mlp", 16, 100, 0)
+
+
+def test_version():
+    assert qgm("--version") == (0, f"qgm_ext {qgm_ext.__version__}\n")
+
+
+# train ----------------------------------------------------------------------------------------------------------------
+
+
+def test_train_shows_partition_progress_and_result(tmp_path):
+    code, output = qgm("train", *SMALL, "--epochs", 2, "--eval-every", 1, "--out", tmp_path / "run")
+    assert code == 0
+    assert "dirichlet partition, alpha 0.1, seed 0: 4 workers, 50 samples each" in output
+    assert "worker  size  class 0" in output
+    assert "step 12/12, epoch 2, loss" in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for label, shown in (
+        ("accuracy of the local models: mean", f"{summary['accuracy_local_mean']:.2%}"),
+        ("worst worker", f"{summary['accuracy_local_min']:.2%}"),
+        ("best worker", f"{summary['accuracy_local_max']:.2%}"),
+        ("accuracy of the averaged model", f"{summary['accuracy_average']:.2%}"),
+        ("consensus distance", f"{summary['consensus_distance']:.4g}"),
+        ("worker-steps per second", f"{summary['worker_steps_per_second']:,.0f}"),
+        ("share of time: gradient", f"{summary['share_gradient']:.1%}"),
+        ("optimizer", f"{summary['share_optimizer']:.1%}"),
+        ("evaluation", f"{summary['share_evaluation']:.1%}"),
+    ):
+        assert re.search(rf"{label} +{re.escape(shown)}", output), label
+
+
+def test_train_takes_every_option(tmp_path):
+    words = (
+        "--algorithm qg_dsgdm --topology chain --alpha 1 --data digits --model cnn --steps 6 --lr 0.05 "
+        "--schedule cosine --warmup-epochs 0.5 --warmup-from 0.01 --momentum 0.8 --qg-momentum 0.7 "
+        "--weight-decay 1e-4 --hyper local_step=2 --clip 1 --seed 3 --dtype float64 --device cpu --engine loop "
+        "--eval-every 1 --partition dirichlet --on-nonfinite skip --checkpoint-seconds 0"
+    )
+    code, output = qgm("train", *SMALL, *words.split(), "--out", tmp_path, "--data-root", tmp_path)
+    assert code == 0, output
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert config == {
+        "algorithm": "qg_dsgdm",
+        "hyper": {"weight_decay": 1e-4, "momentum": 0.8, "qg_momentum": 0.7, "local_step": 2},
+        "topology": "chain",
+        "workers": 4,
+        "data": "digits",
+        "data_root": str(tmp_path),
+        "num_train": 200,
+        "partition": "dirichlet",
+        "alpha": 1.0,
+        "model": "cnn",
+        "epochs": None,
+        "steps": 6,
+        "batch": 8,
+        "lr": 0.05,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "warmup_from": 0.01,
+        "clip": 1.0,
+        "seed": 3,
+        "dtype": "float64",
+        "device": "cpu",
+        "engine": "loop",
+        "threads": 1,
+        "eval_every": 1,
+        "on_nonfinite": "skip",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--algorithm qg_dsgdm_m", "did you mean 'qg_dsgdm_n'?"),
+        ("--topology rnig", "did you mean 'ring'?"),
+        ("--topology hypercube --workers 12", "n must be a power of two"),
+        ("--data digit", "did you mean 'digits'?"),
+        ("--model mpl", "did you mean 'mlp'?"),
+        ("--lr nan", "lr must be a finite number of at least 0, got nan"),
+        ("--lr -0.1", "lr must be a finite number of at least 0, got -0.1"),
+        ("--momentum nan", "momentum must be in [0, 1), got nan"),
+        ("--momentum 1", "momentum must be in [0, 1), got 1.0"),
+        ("--weight-decay -1", "weight_decay must be a finite number of at least 0"),
+        ("--local-step 0", "local_step must be an integer of at least 1, got 0"),
+        ("--alpha 0", "alpha must be a finite number > 0, got 0"),
+        ("--alpha -1", "alpha must be a finite number"),
+        ("--workers 0", "workers must be at least 1, got 0"),
+        ("--workers 1000", "too few samples"),
+        ("--batch 90", "batch_size=90 is larger than the 89 samples of worker"),
+        ("--batch 0", "batch must be at least 1, got 0"),
+        ("--num-train 100000", "num_train=100000 is more than the 1438 training images"),
+        ("--epochs 0", "epochs must be at least 1, got 0"),
+        ("--epochs 1 --steps 1", "give epochs or steps, not both"),
+        ("--steps 3 --warmup-epochs 2", "warmup_epochs must fit into the 3 steps"),
+        ("--clip 0", "clip must be a finite number > 0, got 0"),
+        ("--threads 0", "threads must be at least 1"),
+        ("--seed -1", "seed must be in"),
+        ("--dtype float8", "dtype must be one of float32, float64, bfloat16, float16, got 'float8'"),
+        ("--device gpu", "device must be 'cpu', 'cuda' or 'cuda:i', got 'gpu'"),
+        ("--engine lop", "did you mean 'loop'?"),
+        ("--on-nonfinite rase", "did you mean 'raise'?"),
+        ("--algorithm dsgd --momentum 0.9", "dsgd has no hyper-parameter 'momentum'"),
+        ("--algorithm dsgdm --qg-momentum 0.9", "dsgdm has no hyper-parameter 'qg_momentum', did you mean 'momentum'?"),
+        ("--hyper nope", "--hyper must be NAME=VALUE, got 'nope'"),
+        ("--hyper nope=3", "qg_dsgdm_n has no hyper-parameter 'nope'"),
+        ("--hyper local_step=two", "local_step must be an integer of at least 1, got 'two'"),
+        ("--hyper momentum=nan", "momentum must be in [0, 1), got nan"),
+        ("--tensorboard", "tensorboard needs an out folder"),
+        ("--checkpoint-seconds -1", "checkpoint_seconds must be a finite number of at least 0"),
+        ("--data mnist --data-root /nowhere", "To get them:"),
+        ("--resume /nowhere", "there is no run to resume in /nowhere"),
+        ("--resume /nowhere --hyper momentum=0.1", "config.json"),
+        ("--resume a --out b", "give --out for a new run or --resume for an old one, not both"),
+        ("--out /proc/nowhere", "out folder /proc/nowhere can't be written to"),
+        ("--out /dev/null", "out folder /dev/null can't be used"),
+    ],
+)
+def test_train_refuses_wrong_input_in_one_line(words, message):
+    assert message in fails("train", *words.split())
+
+
+def test_train_refuses_a_missing_cuda_device():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "needs a CUDA device" in fails("train", "--device", "cuda")
+
+
+def test_train_refuses_a_folder_in_use(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    assert "is not empty, it holds thesis.tex" in fails("train", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_train_resumes_and_refuses_other_options(tmp_path):
+    assert qgm("train", *SMALL, "--steps", 6, "--out", tmp_path)[0] == 0
+    assert qgm("train", "--resume", tmp_path)[0] == 0
+    assert (
+        qgm("train", "--resume", tmp_path, *SMALL, "--steps", 6, "--momentum", 0.9, "--hyper", "local_step=1")[0] == 0
+    )
+    message = fails(
+        "train", "--resume", tmp_path, "--steps", 7, "--momentum", 0.5, "--workers", 4, "--hyper", "local_step=2"
+    )
+    assert "steps is 6 in the run, 7 was given; momentum is 0.9 in the run, 0.5 was given; local_step is 1" in message
+    assert "workers" not in message
+    assert "has no hyper-parameter 'x'" in fails("train", "--resume", tmp_path, "--hyper", "x=1")
+
+
+def test_train_names_a_damaged_file(tmp_path):
+    assert qgm("train", *SMALL, "--steps", 1, "--out", tmp_path)[0] == 0
+    for name in ("checkpoint.pt", "partition.npz", "config.json"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:100])
+        assert str(path) in fails("train", "--resume", tmp_path)
+
+
+def test_a_diverging_run_is_exit_code_1_and_one_line():
+    code, output = qgm("train", *SMALL, "--steps", 20, "--lr", 1e30)
+    assert code == 1
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("qgm: the gradient of worker")
+    assert last.endswith("a smaller --lr or --clip may help")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("sklearn", ()), ("matplotlib", ("--out", "x")), ("tensorboard", ("--out", "x", "--tensorboard"))],
+)
+def test_train_names_the_extra_of_a_missing_package(module, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install 'qgm_ext[train]'" in fails("train", *SMALL, *words)
+
+
+# topology, algorithms, bench, doctor ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", topologies.names())
+def test_topology_shows_every_topology(name):
+    code, output = qgm("topology", name)
+    assert code == 0
+    made = topologies.get(name, 32 if name == "social" else 16)
+    assert f"{made.name} of {made.num_workers} workers" in output
+    assert re.search(rf"spectral gap +{made.spectral_gap:.6g}\b", output)
+
+
+def test_topology_shows_figures_matrix_and_picture(tmp_path):
+    png = tmp_path / "ring.png"
+    code, output = qgm("topology", "ring", "--workers", 4, "--png", png)
+    assert code == 0
+    for label, value in (
+        ("degree", "2"),
+        ("lambda_2", "0.333333"),
+        ("lambda_n", "-0.333333"),
+        ("weight of a neighbour", "0.333333"),
+        ("weight of oneself", "0.333333"),
+        ("period", "1"),
+    ):
+        assert re.search(rf"{label} +{value}", output), label
+    assert "0.3333 0.3333      . 0.3333" in output
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_topology_shows_each_step_of_a_time_varying_one():
+    _, output = qgm("topology", "one-peer-exponential", "-n", 4)
+    assert "mixing matrix of step 0:" in output
+    assert "mixing matrix of step 1:" in output
+    assert re.search(r"period +2", output)
+    assert re.search(r"period +never repeats", qgm("topology", "random_matching", "-n", 4)[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("rnig", "did you mean 'ring'?"),
+        ("ring -n 0", "must be at least 1, got 0"),
+        ("social -n 5", "n must be 32 for the social network, got 5"),
+        ("ring --png /nowhere/ring.png", "/nowhere/ring.png"),
+    ],
+)
+def test_topology_refuses_wrong_input_in_one_line(words, message):
+    assert message in fails("topology", *words.split())
+
+
+def test_algorithms_lists_every_algorithm_with_its_hyper_parameters():
+    code, output = qgm("algorithms")
+    assert code == 0
+    for name in algorithms.names():
+        assert re.search(rf"^ *{name} ", output, re.MULTILINE), name
+    for word in ("qg_momentum_buffer", "qg_momentum=0.9", "weight_decay=0.0", "2102.04761"):
+        assert word in output
+
+
+def test_bench_shows_times_and_ratios():
+    code, output = qgm("bench", "--size", "4x1000", "--size", "8x100", "--seconds", 0.01, "--algorithm", "dsgdm")
+    assert code == 0
+    assert "dsgdm, ring, float32, threads: 1" in output
+    rows = [line.split() for line in output.splitlines() if re.match(r"\s*[48]\s", line)]
+    assert [row[:2] for row in rows] == [["4", "1000"], ["8", "100"]]
+    assert all(float(word) > 0 for row in rows for word in row)
+
+
+def test_bench_measures_positive_times_of_the_least_bytes():
+    (timing,) = benchmark.measure([(4, 1000)], "qg_dsgdm_n", 0.01)
+    assert timing.bytes == 4 * 5 * 4 * 1000  # reads x, g, m_hat and writes x, m_hat in float32
+    assert min(timing.fused, timing.reference, timing.copy) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--size 16", "--size must be workers x parameters, e.g. 16x100000, got '16'"),
+        ("--size 0x5", "a size must be n >= 1"),
+        ("--seconds 0", "seconds must be > 0"),
+        ("--threads 0", "threads must be at least 1"),
+        ("--algorithm qg_dsgdmn", "did you mean"),
+    ],
+)
+def test_bench_refuses_wrong_input_in_one_line(words, message):
+    assert message in fails("bench", *words.split())
+
+
+def test_doctor_finds_this_installation_well():
+    code, output = qgm("doctor")
+    assert code == 0, output
+    for word in (
+        "qgm_ext: ",
+        "python: ",
+        "torch: ",
+        "numpy: ",
+        "native CPU core: compiler",
+        "SIMD level: ",
+        "threads: ",
+    ):
+        assert f"ok    {word}" in output
+    assert re.search(r"ok    self-check: \d+ cases: fused and split steps equal bit by bit", output)
+
+
+def test_doctor_finds_a_broken_split_step(monkeypatch):
+    from qgm_ext import ops
+
+    def wrong(x, *arguments):
+        merge(x, *arguments)
+        x[0] += 1e-6
+
+    merge = ops.merge_
+    monkeypatch.setattr(ops, "merge_", wrong)
+    code, output = qgm("doctor")
+    assert code == 1
+    assert "WRONG self-check: dsgd, torch.float64: the fused step 0 differs from the split one" in output
+    assert "qgm: 1 problem found" in output
+
+
+def test_doctor_finds_a_fused_and_split_step_that_are_wrong_together(monkeypatch):
+    monkeypatch.setattr(medicine.reference, "step", lambda a, x, g, state, w, step: (x, state))
+    code, output = qgm("doctor")
+    assert code == 1
+    assert "the result differs from the reference by" in output
+
+
+def test_doctor_finds_a_missing_native_module(monkeypatch):
+    from qgm_ext import ops
+
+    monkeypatch.setitem(sys.modules, "qgm_ext._cpu", None)
+    monkeypatch.setattr(ops, "has_native", lambda device: False)
+    code, output = qgm("doctor")
+    assert code == 1
+    assert "WRONG native CPU core: can't be imported" in output
+
+
+def test_doctor_notes_a_missing_optional_package(monkeypatch):
+    real = medicine.version
+
+    def version(name):
+        if name == "tensorboard":
+            raise medicine.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(medicine, "version", version)
+    code, output = qgm("doctor")
+    assert code == 0
+    assert "note  tensorboard: missing: pip install 'qgm_ext[train]'" in output
+
+
+# Real processes -------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "qgm_ext", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_resume(tmp_path):
+    process = start("train", *SMALL, "--steps", 100_000, "--eval-every", 1, "--out", tmp_path)
+    seen = [process.stdout.readline()]
+    while not seen[-1].startswith("step 6/"):
+        seen.append(process.stdout.readline())
+        assert seen[-1], process.stderr.read()  # it ended early
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    found = re.search(
+        r"^qgm: stopped by SIGINT at step (\d+) of 100000, checkpoint written; continue with: (.*)$", errors
+    )
+    assert found, errors
+    assert found[2] == f"qgm train --resume {tmp_path}"
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "summary.json").exists()
+    # In a pipe: no control characters (colours, cursor movements) but the ends of lines.
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", "".join(seen) + output + errors)
+
+
+def test_without_typer_the_command_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['typer'] = None; from qgm_ext.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "qgm needs the package typer: pip install 'qgm_ext[train]'\n"
+
+
+def test_the_entry_point_is_installed():
+    from importlib.metadata import entry_points
+
+    (found,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "qgm")
+    assert found.value == "qgm_ext.cli:main"
+    assert Path(qgm_ext.__file__).with_name("cli.py").exists()

@@ -2,7 +2,7 @@
 
 Environment:
     QGM_CUDA: "auto" (default: build _cuda if nvcc is found), "0" (never), "1" (required: no nvcc is an error).
-    QGM_CUDA_ARCHS: architectures such as "80;90"; default: all from 7.5 up that this nvcc knows, and PTX of the newest.
+    QGM_CUDA_ARCHS: architectures such as "80;90"; default: all from 7.5 up that this nvcc knows, and PTX.
     CUDA_HOME or CUDACXX: where nvcc is, if it is not on PATH or in /usr/local/cuda.
     MAX_JOBS: compilers to run side by side (default: one per core).
 """
@@ -25,7 +25,7 @@ OLDEST_CUDA_ARCH = 75
 
 # Bits must not depend on what the compiler may contract or re-associate (architecture: same bits everywhere).
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-lineinfo"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
 
 
 def rule_headers() -> list[Path]:
@@ -93,12 +93,28 @@ def gencode_flags(nvcc: str) -> list[str]:
     if unknown := sorted(set(chosen) - set(known)):
         sys.exit(f"QGM_CUDA_ARCHS: {unknown} not known to {nvcc}, which has {known}")
     archs = sorted(chosen) or [arch for arch in known if arch >= OLDEST_CUDA_ARCH]
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    # One PTX for all from 8.0 up: it is compiled once, it is what tests/cuda runs, and newer GPUs load it too.
+    virtual = {arch: 80 if arch >= 80 else arch for arch in archs}
+    flags = [f"-gencode=arch=compute_{virtual[arch]},code=sm_{arch}" for arch in archs]
+    newest = virtual[archs[-1]]
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def compression_flags(nvcc: str) -> list[str]:
+    """Smallest code for many architectures; nvcc before 12.8 has its own way only."""
+    help_text = subprocess.run([nvcc, "--help"], capture_output=True, text=True, check=True).stdout
+    return ["--compress-mode=size"] if "--compress-mode" in help_text else []
+
+
+def toolkit_of(nvcc: str) -> Path:
+    """The toolkit that nvcc takes its own headers from; nvcc on PATH may be a script that starts another."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr + plan.stdout, re.MULTILINE)
+    return Path(top[1].strip() if top else Path(nvcc).parent.parent).resolve()
 
 
 def cuda_extension(nvcc: str) -> Pybind11Extension:
-    toolkit = Path(nvcc).resolve().parent.parent
+    toolkit = toolkit_of(nvcc)
     return Pybind11Extension(
         "qgm_ext._cuda",
         ["csrc/cuda/binding.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu"))), *instantiate_rules("cuda", ".cu")],
@@ -141,7 +157,8 @@ class BuildExtension(build_ext):
         nvcc = wants_cuda()
         assert nvcc is not None, "the extension exists only where nvcc does"
         includes = [f"-I{directory}" for directory in ext.include_dirs]
-        command = [nvcc, *NVCC_FLAGS, *gencode_flags(nvcc), *includes, "-Xcompiler", "-fPIC,-ffp-contract=off"]
+        targets = [*gencode_flags(nvcc), *compression_flags(nvcc)]
+        command = [nvcc, *NVCC_FLAGS, *targets, *includes, "-Xcompiler", "-fPIC,-ffp-contract=off"]
         newest_header = max(Path(path).stat().st_mtime for path in ext.depends)
 
         def compile_one(source: str) -> str:

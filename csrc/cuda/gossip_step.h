@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kMaxThreads) gossip_tile(const GossipParameter
     const int64_t c = tile_begin + lane_offset;
     const bool inside = c < p.last + kFaultTail;
 
-    S slice[R];
+    S slice[R] = {};  // a slot without a worker computes nothing, but the compiler may move its registers
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int64_t i = group + r * int64_t(blockDim.y);

@@ -156,7 +156,7 @@ CASES = [
 @pytest.mark.parametrize("large", [None, 8], ids=["gathered", "read-in-place"])
 def test_equals_stacked_optimizer_of_one_worker(cls, arguments, name, hyper, dtype, large, monkeypatch) -> None:
     if large is not None:
-        monkeypatch.setattr(flat_module, "LARGE", large)
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
     params = make_params(dtype=dtype)
     layout = FlatLayout(p.shape for p in params)
     x = layout.allocate(1, dtype=dtype, device="cpu")
@@ -218,7 +218,7 @@ def test_zero_lr_changes_nothing_but_the_step_count() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_partial_gradients_step_each_parameter_as_if_alone(dtype, local_step, large, monkeypatch) -> None:
     if large is not None:
-        monkeypatch.setattr(flat_module, "LARGE", large)
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
     rng = torch.Generator().manual_seed(5)
     params = make_params(dtype=dtype)
     alone = make_params(dtype=dtype)

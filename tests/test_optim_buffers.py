@@ -127,7 +127,7 @@ DISTURBANCES = [
 @pytest.mark.parametrize("large", [None, 20], ids=["gathered", "some-read-in-place"])
 def test_disturbance_keeps_bits(disturb, large, monkeypatch) -> None:
     if large is not None:
-        monkeypatch.setattr(flat_module, "LARGE", large)
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
     expected = undisturbed(7)
     model = mlp()
     optimizer = QGSGD(model.parameters(), 0.05, weight_decay=0.01)
@@ -334,7 +334,7 @@ def grad_with_graph(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tenso
 )
 def test_gradients_may_come_any_way(make, large, monkeypatch) -> None:
     if large is not None:
-        monkeypatch.setattr(flat_module, "LARGE", large)
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
     results = []
     for way in (grad_set_none, make):
         model = mlp(dtype=torch.float64)
@@ -352,7 +352,7 @@ def test_gradients_may_come_any_way(make, large, monkeypatch) -> None:
 
 def test_maximize_leaves_gradients_alone(monkeypatch) -> None:
     for large in (1 << 18, 4):
-        monkeypatch.setattr(flat_module, "LARGE", large)
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
         params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(5))]
         optimizer = DSGDm(params, 1.0, maximize=True)
         for p in params:
@@ -365,7 +365,7 @@ def test_maximize_leaves_gradients_alone(monkeypatch) -> None:
 
 def test_gradient_that_is_the_parameter_itself(monkeypatch) -> None:
     """Nonsense, but torch takes it; in place it would be read after it was overwritten."""
-    monkeypatch.setattr(flat_module, "LARGE", 4)
+    monkeypatch.setitem(flat_module.LARGE, "cpu", 4)
     p = nn.Parameter(torch.ones(8))
     optimizer = DSGDm([p], 0.5, 0.0)
     for expected in (0.5, 0.25):
@@ -375,7 +375,7 @@ def test_gradient_that_is_the_parameter_itself(monkeypatch) -> None:
 
 
 def test_gradient_that_is_momentum(monkeypatch) -> None:
-    monkeypatch.setattr(flat_module, "LARGE", 4)
+    monkeypatch.setitem(flat_module.LARGE, "cpu", 4)
     p = nn.Parameter(torch.ones(8))
     optimizer = DSGDm([p], 0.5, 0.5)
     p.grad = torch.ones(8)
@@ -421,7 +421,7 @@ def test_zero_element_and_scalar_parameters() -> None:
 @pytest.mark.parametrize("large", [None, 50], ids=["gathered", "read-in-place"])
 def test_channels_last_is_kept(large, monkeypatch) -> None:
     if large is not None:
-        monkeypatch.setattr(flat_module, "LARGE", large)
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)

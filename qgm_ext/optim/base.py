@@ -140,7 +140,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         """The algorithm of a group and its step size now; both may have been changed since the last step."""
         lr = _number(group["lr"])
         check_number("lr", lr, low=0.0)
-        values = [group[name] for name in self.defaults if name != "lr"]
+        values = [_number(group[name]) for name in self.defaults if name != "lr"]
         if index < len(self._algorithms) and self._algorithms[index][0] == values:
             return self._algorithms[index][1], lr
         self._check_group(group)
@@ -196,6 +196,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        del self._bindings[len(self.param_groups) :]
         updates: list[Update] = []
         stepped: list[tuple[FlatParameters, list[int]]] = []
         for index, group in enumerate(self.param_groups):
@@ -323,11 +324,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
 
 def _number(value: Any) -> Any:
     """A number as a Python float or int: tensors of one element and numpy scalars too; anything else unchanged."""
+    if isinstance(value, (float, int, str)):  # most of them, and quick
+        return value
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
-        return float(value)
-    return value
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ that knows nothing of it throws such views away (``model.to()``, ``parameter.dat
 ``copy.deepcopy``); every step compares what it finds with the views and, where they differ, takes the value over and
 binds the view again.
 
-Gradients are taken as backward leaves them. Small ones are gathered into one vector; from LARGE elements on, a
-parameter is stepped by a call of its own that reads ``.grad`` in place. Permanent views for ``.grad`` would cost more:
-zeroing (write), then backward accumulating into them (read, read, write) is four times the traffic of the gradient,
-gathering is two, reading in place none; and ``grad is None`` keeps its meaning, "leave this parameter alone".
+Gradients are taken as backward leaves them. Small ones are gathered into one vector; a large parameter (see LARGE) is
+stepped by a call of its own that reads ``.grad`` in place. Permanent views for ``.grad`` would cost more: zeroing
+(write), then backward accumulating into them (read, read, write) is four times the traffic of the gradient, gathering
+is two, reading in place none; and ``grad is None`` keeps its meaning, "leave this parameter alone".
 
 Groups, hyper-parameters and checkpoints are the business of :mod:`qgm_ext.optim.base`.
 """
@@ -30,9 +30,10 @@ from qgm_ext.optim.runtime import Update
 
 __all__ = ["LARGE", "FlatParameters", "check_memory", "check_parameter"]
 
-# Elements from which a call of its own (about 20 us on a CPU) is cheaper than gathering the gradient (about 25 us
-# from cache at this size, several times that from memory). On CUDA it also bounds what is gathered.
-LARGE = 1 << 18
+# Elements from which a parameter is stepped by a call of its own. On a CPU the call (about 25 us) then costs less than
+# gathering the gradient (about 25 us from cache at this size, several times that from memory). A GPU copies so fast
+# that the call always costs more: there the bound keeps the gathered vector, which is memory, to the small parameters.
+LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 State = MutableMapping[Tensor, dict[str, Any]]
 Run = tuple[int, int]  # parameters first to last - 1, neighbours in the buffer
@@ -47,15 +48,16 @@ class FlatParameters:
             parameter stays channels_last.
 
     Attributes:
-        params: in the order of the buffer: those with fewer than LARGE elements first.
+        params: in the order of the buffer: small ones (fewer than LARGE elements) first.
         x: the buffer, [size].
         steps: how many steps each parameter has taken, [len(params)] int64 on the CPU.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.params = sorted(params, key=lambda p: p.numel() >= LARGE)  # sorted is stable
         self.dtype, self.device = params[0].dtype, params[0].device
-        self._num_small = sum(p.numel() < LARGE for p in params)
+        large = LARGE[self.device.type]
+        self.params = sorted(params, key=lambda p: p.numel() >= large)  # sorted is stable
+        self._num_small = sum(p.numel() < large for p in params)
         self._layout = FlatLayout(p.shape for p in self.params)
         self._strides = [dense_strides(p) for p in self.params]
         self.x = self._layout.allocate(dtype=self.dtype, device=self.device)

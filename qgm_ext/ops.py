@@ -299,8 +299,15 @@ def _merge(
 
 def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:
     _check_x(op, x, 2)
-    kernel = getattr(_native(x.device.type), op)
-    kernel(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *_launch(x.device))
+    native = _native(x.device.type)
+    scratch: tuple[int, ...] = ()
+    if x.device.type == "cuda":
+        # One sum per row and block of coordinates. Freed on return: the caching allocator reuses it in stream order.
+        blocks = -(-x.shape[1] // native.REDUCE_BLOCK)
+        sums = torch.empty(x.shape[0] * blocks, dtype=torch.float64, device=x.device)
+        scratch = (sums.data_ptr(),)
+    kernel, where = getattr(native, op), _launch(x.device)
+    kernel(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *scratch, *where)
     return out
 
 

@@ -7,8 +7,9 @@ Workers that each hold their own data train together by averaging with neighbour
 
 from importlib.metadata import PackageNotFoundError, version
 
-from qgm_ext import algorithms, ops, topology
+from qgm_ext import algorithms, ops, optim, topology
 from qgm_ext.ops import has_native
+from qgm_ext.simulator import Simulator
 from qgm_ext.stacked import StackedOptimizer
 
 try:
@@ -16,4 +17,4 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["StackedOptimizer", "__version__", "algorithms", "has_native", "ops", "topology"]
+__all__ = ["Simulator", "StackedOptimizer", "__version__", "algorithms", "has_native", "ops", "optim", "topology"]

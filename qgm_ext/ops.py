@@ -227,7 +227,9 @@ def _gossip_step(
     )
 
 
-def _local_step(x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]) -> None:
+def _local_step(
+    x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]
+) -> None:
     op, device = "local_step_", x.device
     _check_x(op, x, 1)
     known = _rule(op, device.type, rule)
@@ -350,9 +352,13 @@ for _name, (_schema, _kernel) in _SCHEMAS.items():
 
 for _name in ("gossip_step_", "local_step_", "merge_"):
     torch.library.register_fake(f"qgm_ext::{_name}", lambda *args: None, lib=_library)
-torch.library.register_fake("qgm_ext::squared_norms", lambda x: x.new_empty(x.shape[:1], dtype=torch.float64), lib=_library)
+torch.library.register_fake(
+    "qgm_ext::squared_norms", lambda x: x.new_empty(x.shape[:1], dtype=torch.float64), lib=_library
+)
 torch.library.register_fake("qgm_ext::consensus_distance", lambda x: x.new_empty((), dtype=torch.float64), lib=_library)
-torch.library.register_fake("qgm_ext::rows_are_finite", lambda x: x.new_empty(x.shape[:1], dtype=torch.bool), lib=_library)
+torch.library.register_fake(
+    "qgm_ext::rows_are_finite", lambda x: x.new_empty(x.shape[:1], dtype=torch.bool), lib=_library
+)
 
 
 def gossip_step_(

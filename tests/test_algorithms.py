@@ -183,9 +183,7 @@ def test_quasi_global_momentum_with_zero_momentum_is_dsgd(name):
 @pytest.mark.parametrize("name", ["dsgdm", "dsgdm_n"])
 def test_zero_momentum_is_dsgd(name):
     problem, topo = Quadratics(), topology.ring(8)
-    assert torch.equal(
-        run(name, problem, topo, 25, lr=0.05, momentum=0.0).x, run("dsgd", problem, topo, 25, lr=0.05).x
-    )
+    assert torch.equal(run(name, problem, topo, 25, lr=0.05, momentum=0.0).x, run("dsgd", problem, topo, 25, lr=0.05).x)
 
 
 @pytest.mark.parametrize("name", ["qg_dsgdm", "qg_dsgdm_n"])
@@ -220,9 +218,7 @@ def test_consensus_averaging_decays_as_its_eigenvalues_say(n, steps):
     beta = mu = 0.9
     eigenvalues = np.linalg.eigvalsh(topology.ring(n).matrix())[:-1]
     modes = [
-        np.linalg.matrix_power(
-            np.array([[e, -e * beta], [(1 - mu) * (1 - e), mu + (1 - mu) * e * beta]]), steps
-        )[0, 0]
+        np.linalg.matrix_power(np.array([[e, -e * beta], [(1 - mu) * (1 - e), mu + (1 - mu) * e * beta]]), steps)[0, 0]
         for e in eigenvalues
     ]
     assert consensus_error(n, "qg_dsgdm", steps) == pytest.approx(np.square(modes).mean(), rel=1e-9)

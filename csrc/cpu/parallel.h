@@ -14,8 +14,11 @@
 
 namespace qgm::cpu {
 
-// Below this many elements a second thread costs more than it brings.
-constexpr int64_t kElementsPerThread = int64_t(1) << 17;
+// Below this many elements a second thread costs more than it brings. Tests of the threads lower it.
+#if !defined(QGM_ELEMENTS_PER_THREAD)
+#define QGM_ELEMENTS_PER_THREAD (int64_t(1) << 17)
+#endif
+constexpr int64_t kElementsPerThread = QGM_ELEMENTS_PER_THREAD;
 
 inline int threads_for(int64_t elements, int64_t tiles, int max_threads) {
   const int64_t useful = std::min(elements / kElementsPerThread, tiles);

@@ -1,7 +1,8 @@
 // One body compiled for several SIMD levels, chosen when it is called.
 //
 // As GCC's target_clones, but the level is an argument: tests run every level of the machine and
-// compare the bits. No level enables fused multiply-add.
+// compare the bits. No level enables fused multiply-add. -DQGM_ONE_SIMD_LEVEL leaves the baseline only:
+// sanitizers make the code several times larger.
 #pragma once
 
 #include "../platform.h"
@@ -10,7 +11,7 @@ namespace qgm::cpu {
 
 enum class Simd : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QGM_ONE_SIMD_LEVEL)
 #define QGM_TARGET_AVX2 __attribute__((target("avx2"), flatten, noinline))
 #define QGM_TARGET_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"), flatten, noinline))

@@ -86,7 +86,9 @@ def register(algorithm: _Class) -> _Class:
     """
     known = _registry.setdefault(algorithm.name, algorithm)
     if (known.__module__, known.__qualname__) != (algorithm.__module__, algorithm.__qualname__):
-        raise ValueError(f"algorithm name {algorithm.name!r} is already taken by {known.__module__}.{known.__qualname__}")
+        raise ValueError(
+            f"algorithm name {algorithm.name!r} is already taken by {known.__module__}.{known.__qualname__}"
+        )
     _registry[algorithm.name] = algorithm
     return algorithm
 
@@ -141,4 +143,3 @@ def get(name: str, **hyper: Any) -> Algorithm:
     if missing:
         raise TypeError(f"{name} needs {', '.join(missing)}")
     return cls(**hyper)
-

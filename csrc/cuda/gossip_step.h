@@ -10,7 +10,7 @@
 //
 // gossip_columns: any n, alignment and stride, one coordinate a thread. What merge needs again (x, state)
 // is read again, from L1 or L2: the two passes that are left when the rows of all n workers no longer
-// fit the registers of a block (n > kRows kMaxThreads / 8, that is 256, or 128 for rules that move many
+// fit the registers of a block (n > kRows kMaxThreads / 4, that is 256, or 128 for rules that move many
 // vectors) or the mixing matrix no longer fits beside the tile. It also does the few coordinates in front
 // of and behind the aligned ones.
 #pragma once
@@ -43,7 +43,9 @@ struct GossipParameters {
   int64_t first, last, skip, skipped;
 };
 
-constexpr int kMaxThreads = 512;
+// Three blocks of 256 threads on a multiprocessor leave 80 registers a thread, which nothing here exceeds.
+constexpr int kMaxThreads = 256;
+constexpr int kMinBlocks = 3;
 
 // Rows a thread holds: enough loads in flight, and few enough registers that nothing spills.
 template <class Rule>
@@ -67,7 +69,7 @@ struct TileLayout {
 };
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kMaxThreads) gossip_tile(const GossipParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const GossipParameters<Rule, Storage> p) {
   using S = Slice<Rule, Storage, kVector<Compute<Storage>>>;
   using T = typename S::T;
   constexpr int V = S::V, R = kRows<Rule>, kMessages = Rule::kMessages;
@@ -103,13 +105,18 @@ __global__ void __launch_bounds__(kMaxThreads) gossip_tile(const GossipParameter
     const bool inside = c < p.last + kFaultTail;
 
     S slice[R] = {};  // a slot without a worker computes nothing, but the compiler may move its registers
+    const auto load = [&](S& slot, int64_t i) {
+      slot.x = load_vector<V>(p.x + i * p.x_stride + c);
+      slot.g = load_vector<V>(p.g + i * p.g_stride + c);
+      slot.template load_states<Loads::kLoads>(p.state, i * p.state_stride + c);
+    };
+    if (inside && group + (R - 1) * int64_t(blockDim.y) < rows) {  // the usual case, without a branch between loads
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const int64_t i = group + r * int64_t(blockDim.y);
-      if (inside && i < rows) {
-        slice[r].x = load_vector<V>(p.x + i * p.x_stride + c);
-        slice[r].g = load_vector<V>(p.g + i * p.g_stride + c);
-        slice[r].template load_states<Loads::kLoads>(p.state, i * p.state_stride + c);
+      for (int r = 0; r < R; ++r) load(slice[r], group + r * int64_t(blockDim.y));
+    } else if (inside) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (group + r * int64_t(blockDim.y) < rows) load(slice[r], group + r * int64_t(blockDim.y));
       }
     }
 #pragma unroll
@@ -118,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads) gossip_tile(const GossipParameter
       if (inside && i < rows) {
         typename S::Messages message;
         slice[r].local(p.rule, message);
-        for (int k = 0; k < kMessages; ++k) store_vector(messages + k * plane + i * width + lane_offset, message[k]);
+        for (int k = 0; k < kMessages; ++k) store_shared(messages + k * plane + i * width + lane_offset, message[k]);
       }
     }
 
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads) gossip_tile(const GossipParameter
           for (int k = 0; k < kMessages; ++k) mixed[k] = load_vector<V>(from + k * pitch + lane_offset);
         }
         slice[r].merge(p.rule, mixed);
-        store_vector(p.x + i * p.x_stride + c, slice[r].x);
+        store_global(p.x + i * p.x_stride + c, slice[r].x);
         slice[r].template store_states<Loads::kStores>(p.state, i * p.state_stride + c);
       }
     }
@@ -234,7 +241,7 @@ __global__ void __launch_bounds__(kMaxThreads) gossip_columns(const GossipParame
         if (Rule::kMergeReadsGrad) slice.g = load_vector<1>(p.g + i * p.g_stride + c);
         slice.template load_states<Rule::kMergeReads>(p.state, i * p.state_stride + c);
         slice.merge(p.rule, mixed);
-        store_vector(p.x + i * p.x_stride + c, slice.x);
+        store_global(p.x + i * p.x_stride + c, slice.x);
         slice.template store_states<Rule::kMergeWrites>(p.state, i * p.state_stride + c);
       }
     }
@@ -269,12 +276,12 @@ struct TileShape {
 // for memory should have others to mix meanwhile. lanes = 0: no tile of all rows fits.
 template <class Rule, class T>
 TileShape tile_shape(const Device& device, MixingForm form, int64_t rows, int64_t nnz) {
-  constexpr int kWanted = 128, kUsual = 256;  // threads in a block
+  constexpr int kWanted = 128;  // threads in a block, at least
   const int64_t groups = (rows + kRows<Rule> - 1) / kRows<Rule>;
   for (int blocks = 3; blocks > 0; --blocks) {
-    for (const int lanes : {32, 16, 8}) {
+    for (const int lanes : {32, 16, 8, 4}) {
       const int64_t threads = groups * lanes;
-      if (threads > (lanes == 8 ? kMaxThreads : kUsual)) continue;
+      if (threads > kMaxThreads) continue;
       const int tiles = int(std::max<int64_t>(1, kWanted / threads));
       const int64_t shared = TileLayout<Rule, T>(form, rows, nnz, lanes * kVector<T>, tiles).total;
       const int64_t available = device.shared_per_multiprocessor / blocks - device.reserved_shared;

@@ -53,8 +53,10 @@ struct MergeParameters {
 // Calls step(c, integral constant V) for all coordinates of this thread.
 template <int V, class Step>
 QGM_HD void for_coordinates(const Extent& e, int64_t thread, int64_t threads, const Step& step) {
+#pragma unroll 1
   for (int64_t v = thread; v < e.vectors; v += threads) step(e.head + v * V, std::integral_constant<int, V>{});
   const int64_t edge = e.size - e.vectors * V + kFaultTail;
+#pragma unroll 1
   for (int64_t k = thread; k < edge; k += threads) {
     step(k < e.head ? k : k + e.vectors * V, std::integral_constant<int, 1>{});
   }
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kFlatThreads) local_flat(const LocalStepParame
     typename S::Messages message;
     slice.local(p.rule, message);
     slice.template store_states<Rule::kLocalWrites>(p.state, c);
-    for (int k = 0; k < Rule::kMessages; ++k) store_vector(p.message[k] + c, message[k]);
+    for (int k = 0; k < Rule::kMessages; ++k) store_global(p.message[k] + c, message[k]);
   });
 }
 
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kFlatThreads) merge_flat(const __grid_constant
       }
     }
     slice.merge(p.rule, mixed);
-    store_vector(p.x + c, slice.x);
+    store_global(p.x + c, slice.x);
     slice.template store_states<Rule::kMergeWrites>(p.state, c);
   });
 }

@@ -153,30 +153,35 @@ def train(
         if arguments[name] is not None
     }
     console = _console()
-    with _user_errors(), contextlib.ExitStack() as stack:
-        if resume is not None:
-            if out is not None:
-                raise ValueError("give --out for a new run or --resume for an old one, not both")
-            if hyper:
-                algorithm = algorithm or configs.loads(resume / runfolder.CONFIG)[0].algorithm
-                own |= _parse_hyper(algorithm, hyper)
-            training = Training.resume(
-                resume, given={**given, "hyper": own}, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds
-            )
-        else:
-            own |= _parse_hyper(algorithm or configs.TrainConfig.algorithm, hyper or [])
-            config = configs.TrainConfig(**given, hyper=own)
-            training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
-        stack.enter_context(training)
-        _announce(console, training)
-        with _stop_on_signal() as stop:
+    with contextlib.ExitStack() as stack:
+        with _user_errors():
+            if resume is not None:
+                if out is not None:
+                    raise ValueError("give --out for a new run or --resume for an old one, not both")
+                if hyper:
+                    algorithm = algorithm or configs.loads(resume / runfolder.CONFIG)[0].algorithm
+                    own |= _parse_hyper(algorithm, hyper)
+                training = Training.resume(
+                    resume,
+                    given={**given, "hyper": own},
+                    tensorboard=tensorboard,
+                    checkpoint_seconds=checkpoint_seconds,
+                )
+            else:
+                own |= _parse_hyper(algorithm or configs.TrainConfig.algorithm, hyper or [])
+                config = configs.TrainConfig(**given, hyper=own)
+                training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
+            stack.enter_context(training)
+        folder = out or resume
+        with _run_errors(folder), _stop_on_signal() as stop:
+            _announce(console, training)
             result = _run(console, training, stop)
         if not result.finished:
-            _say_interrupted(training, out or resume, stop)
+            _say_interrupted(training, folder, stop)
             raise typer.Exit(128 + stop.signals[0])
     _show_result(console, result)
-    if out or resume:
-        console.print(f"Files are in {out or resume}", markup=False, highlight=False, soft_wrap=True)
+    if folder is not None:
+        console.print(f"Files are in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:
@@ -464,12 +469,24 @@ def _user_errors() -> Iterator[None]:
     """Turn what the library raises on wrong input into one line on stderr."""
     try:
         yield
-    except NonFiniteGradientError as error:
-        _fail(f"{error}; a smaller --lr or --clip may help", _EXIT_FAILED)
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(str(error), _EXIT_USAGE)
     except KeyboardInterrupt:
         _fail("stopped", 128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _run_errors(folder: Path | None) -> Iterator[None]:
+    """The same for what can go wrong in the middle of a run; anything else is our mistake, and shows its traceback."""
+    try:
+        yield
+    except NonFiniteGradientError as error:
+        _fail(f"{error}; a smaller --lr or --clip may help", _EXIT_FAILED)
+    except OSError as error:
+        hint = "" if folder is None else f"; when that is put right, continue with: qgm train --resume {folder}"
+        _fail(f"{error}{hint}", _EXIT_FAILED)
+    except KeyboardInterrupt:
+        _fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)
 
 
 def _fail(message: str, code: int) -> None:

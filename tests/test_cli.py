@@ -19,6 +19,7 @@ from qgm_ext import topology as topologies
 from qgm_ext.cli import app
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import doctor as medicine
+from qgm_ext.experiments import runfolder
 
 SMALL = ("--workers", "4", "--num-train", "200", "--batch", "8", "--threads", "1")
 
@@ -238,6 +239,20 @@ def test_a_diverging_run_is_exit_code_1_and_one_line():
     last = output.strip().splitlines()[-1]
     assert last.startswith("qgm: the gradient of worker")
     assert last.endswith("a smaller --lr or --clip may help")
+
+
+def test_a_full_disk_is_exit_code_1_and_says_how_to_go_on(monkeypatch, tmp_path):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder.RunFolder, "save_checkpoint", full)
+        code, output = qgm("train", *SMALL, "--steps", 6, "--out", tmp_path)
+    assert code == 1
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("qgm: [Errno 28] No space left on device")
+    assert last.endswith(f"continue with: qgm train --resume {tmp_path}")
+    assert qgm("train", "--resume", tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize(

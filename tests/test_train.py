@@ -10,7 +10,9 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -137,6 +139,30 @@ def test_epochs_and_steps_exclude_each_other():
 def test_a_hyper_parameter_that_the_algorithm_lacks_is_named():
     with pytest.raises(TypeError, match="dsgd has no hyper-parameter 'momentum'"):
         TrainConfig(algorithm="dsgd", hyper={"momentum": 0.9})
+
+
+def test_an_algorithm_from_outside_brings_its_own_defaults_and_types(monkeypatch, tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Outside(algorithms.get_class("dsgd")):
+        name: ClassVar[str] = "outside"
+        lr: float = 0.25
+        betas: tuple[float, float] = (0.9, 0.999)
+        variant: Literal["v0", "v1"] = "v0"
+        rho: float = 0.5
+        wide: bool = False
+
+    monkeypatch.setitem(algorithms.base._registry, "outside", Outside)
+    hyper = {
+        name: configs.parse_hyper("outside", name, text)
+        for name, text in {"betas": "0.8,0.9", "variant": "v1", "rho": "1", "wide": "True"}.items()
+    }
+    assert hyper == {"betas": (0.8, 0.9), "variant": "v1", "rho": 1.0, "wide": True}
+    config = small(algorithm="outside", hyper=hyper)
+    assert config.lr == 0.25
+    train_until(config, tmp_path, 3)
+    with Training.resume(tmp_path, given={"hyper": hyper}) as training:
+        assert training.config == config
+        assert training.run().finished
 
 
 def test_social_topology_brings_its_own_number_of_workers():

@@ -147,7 +147,8 @@ class BuildExtension(build_ext):
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             sys.exit(
                 "qgm_ext needs the Python headers, and Python.h was not found.\n"
-                "Install them and run pip again:  Debian/Ubuntu: apt-get install python3-dev   Fedora: dnf install python3-devel"
+                "Install them and run pip again:  Debian/Ubuntu: apt-get install python3-dev   "
+                "Fedora: dnf install python3-devel"
             )
         super().build_extensions()
 

@@ -15,8 +15,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import paired_minimum, report
 
+from conftest import paired_minimum, report
 from qgm_ext import models, topology
 from qgm_ext.simulator import Simulator
 

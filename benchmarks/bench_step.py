@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import paired_minimum, report
-from stock_torch import StockQgDsgdmN
 
+from conftest import paired_minimum, report
 from qgm_ext import StackedOptimizer, _cpu, algorithms, reference, topology
+from stock_torch import StockQgDsgdmN
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "qg_momentum": 0.9, "weight_decay": 1e-4}
 SIZES = [(16, 1_000_000), (64, 250_000), (256, 62_500), (1024, 15_625)]

@@ -44,9 +44,9 @@ _FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
 
 
 class Rule(NamedTuple):
-    """What a compiled rule takes: its index in the native table, and how many vectors and numbers."""
+    """What a compiled rule takes: its code in the native table, and how many vectors and numbers."""
 
-    index: int
+    code: int
     name: str
     hyper: int
     states: int
@@ -207,7 +207,7 @@ def _gossip_step(
     _check_like(op, "weights", weights, columns.shape, compute, device)
     _check_disjoint(op, [("x", x), *((f"state[{k}]", vector) for k, vector in enumerate(state))], [("g", g)])
     _native(device.type).gossip_step(
-        known.index,
+        known.code,
         _DTYPES[x.dtype],
         x.data_ptr(),
         g.data_ptr(),
@@ -246,7 +246,7 @@ def _local_step(
         _check_like(op, name, vector, x.shape, compute, device)
     _check_disjoint(op, written, [("x", x), ("g", g)])
     _native(device.type).local_step(
-        known.index,
+        known.code,
         _DTYPES[x.dtype],
         x.data_ptr(),
         g.data_ptr(),
@@ -285,7 +285,7 @@ def _merge(
         _check_like(op, name, vector, x.shape, compute, device)
     _check_disjoint(op, [("x", x), *states], [("g", g), *inputs])
     _native(device.type).merge(
-        known.index,
+        known.code,
         _DTYPES[x.dtype],
         x.data_ptr(),
         g.data_ptr(),
@@ -325,7 +325,7 @@ def _rows_are_finite(x: Tensor) -> Tensor:
     return _reduce("rows_are_finite", x, torch.empty(x.shape[:1], dtype=torch.bool, device=x.device))
 
 
-_library = torch.library.Library("qgm_ext", "DEF")
+_library = torch.library.Library("qgm_ext", "DEF")  # type: ignore[no-untyped-call]
 _SCHEMAS: dict[str, tuple[str, Any]] = {
     "gossip_step_": (
         "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor row_offsets, Tensor columns, Tensor weights, "
@@ -346,9 +346,9 @@ _SCHEMAS: dict[str, tuple[str, Any]] = {
     "rows_are_finite": ("(Tensor x) -> Tensor", _rows_are_finite),
 }
 for _name, (_schema, _kernel) in _SCHEMAS.items():
-    _library.define(_name + _schema)
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
+        _library.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
 
 for _name in ("gossip_step_", "local_step_", "merge_"):
     torch.library.register_fake(f"qgm_ext::{_name}", lambda *args: None, lib=_library)

@@ -119,7 +119,8 @@ def test_first_steps_of_two_workers_by_hand(name):
     assert opt.x.flatten().tolist() == [2.0, 2.0]
     # Step 2 with g = (2, 0): mean direction of each method, times eta = 1/2.
     #   dsgd: (2 + 0)/2 = 1. dsgdm: m = .5 m + g = (2.5, -.5), mean 1. dsgdm_n: g + .5 m = (3.25, -.25), mean 1.5.
-    #   qg: m_hat = .5 (x_old - 2)/.5 = (-1, 1): m = .5 m_hat + g = (1.5, .5), mean 1;  -N: g + .5 m = (2.75, .25), mean 1.5.
+    #   qg: m_hat = .5 (x_old - 2)/.5 = (-1, 1): m = .5 m_hat + g = (1.5, .5), mean 1;
+    #   -N: g + .5 m = (2.75, .25), mean 1.5.
     opt.step(torch.tensor([[2.0], [0.0]], dtype=F64))
     mean_direction = 1.5 if name.endswith("_n") else 1.0
     assert opt.x.flatten().tolist() == [2 - eta * mean_direction] * 2

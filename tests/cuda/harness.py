@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from ptx import GlobalMemory, LaunchResult, Machine, Module, parse
 from ptx.machine import static_shared_bytes
 from ptx.memory import Allocation

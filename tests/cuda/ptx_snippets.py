@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from ptx import GlobalMemory, LaunchResult, Machine, parse
 from ptx.types import TYPES, Array
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from ptx.types import TYPES, Array
 from ptx_snippets import bits
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import harness
 import pytest
+
+import harness
 
 SOURCES = Path(__file__).parent / "sources"
 SANITIZERS = {

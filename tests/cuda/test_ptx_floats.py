@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ptx import UnknownInstruction
 from ptx.types import TYPES, Array
 from ptx_snippets import bits, evaluate

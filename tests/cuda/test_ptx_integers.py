@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ptx import MachineFault
 from ptx.types import TYPES
 from ptx_snippets import bits, evaluate

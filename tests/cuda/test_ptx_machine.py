@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from ptx import GlobalMemory, LaunchError, Machine, OutOfBounds, Uninitialised, parse
 from ptx.machine import pack
 from ptx.memory import SparseAllocation

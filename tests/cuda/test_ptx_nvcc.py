@@ -10,9 +10,10 @@ import re
 import shutil
 from pathlib import Path
 
-import harness
 import numpy as np
 import pytest
+
+import harness
 from harness import MockRuntime, aligned, build
 from ptx import (
     BadShuffle,

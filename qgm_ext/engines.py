@@ -8,9 +8,10 @@ the gradients, not in meaning:
   ``loop`` under ``torch.set_num_threads(1)``;
 - ``vmap``: all workers in one batched call (torch.func), for many small models.
 
-A gradient is written once: autograd hands it over, and one copy puts it into its row while it is in cache. Accumulating
-into zeroed ``.grad`` tensors, as ``loss.backward()`` would, passes over the memory twice more. (Letting each layer's
-matrix product write straight into its row was tried and saves 2% more; not worth a second way to differentiate.)
+A gradient is written once: autograd hands it over, and one copy puts it into its row while it is in cache. Zeroing
+``.grad`` tensors and letting ``loss.backward()`` accumulate into them passes over the memory twice more. (Letting every
+linear layer write its product straight into its row, through a TorchFunctionMode, was tried: the calls into Python cost
+what the copy does.)
 
 What is done with the gradients is the business of :mod:`qgm_ext.simulator`.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -155,6 +156,15 @@ def test_threads_use_one_thread_inside_operators_and_follow_a_change_of_the_numb
         sim._engine.gradients(closure, batches)
         assert torch.get_num_threads() == threads
     assert seen == [1] * (3 * N)
+
+
+def test_threads_leave_the_setting_that_new_threads_take_over(two_threads):
+    simulator(mlp(), engine="threads").step(F.cross_entropy, data())
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [2]
 
 
 def test_threads_report_the_error_of_a_worker_and_work_again(two_threads):

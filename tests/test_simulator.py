@@ -220,7 +220,7 @@ def test_parameter_of_another_shape_or_gone_is_refused():
         sim.step(F.cross_entropy, data(0, 3))
     sim = Simulator(mlp(), topology.ring(3), "dsgd", lr=0.1)
     sim.models[1][1].bias = None
-    with pytest.raises(ValueError, match="worker 1 has lost its parameter 1.bias"):
+    with pytest.raises(ValueError, match=r"worker 1 has lost its parameter 1\.bias"):
         sim.step(F.cross_entropy, data(0, 3))
 
 

@@ -2,7 +2,9 @@
 // checked by qgm_ext/ops.py, the only caller; no torch header is needed.
 #include "../binding.h"
 
+#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "plain_loop.h"
@@ -128,5 +130,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rows_are_finite", &py_rows_are_finite);
   m.def("build_info", &build_info);
   m.def("simd_level", [] { return kSimdNames[int(g_simd)]; });
+  m.def(
+      "set_elements_per_thread",
+      [](int64_t elements) { return std::exchange(qgm::cpu::g_elements_per_thread, std::max<int64_t>(1, elements)); },
+      "Work below which no second thread is used; returns the value before. For tests of threads.");
   m.def("set_simd_level", &set_simd_level, "Use another SIMD level of this processor; for tests of equal bits.");
 }

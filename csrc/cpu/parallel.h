@@ -14,14 +14,12 @@
 
 namespace qgm::cpu {
 
-// Below this many elements a second thread costs more than it brings. Tests of the threads lower it.
-#if !defined(QGM_ELEMENTS_PER_THREAD)
-#define QGM_ELEMENTS_PER_THREAD (int64_t(1) << 17)
-#endif
-constexpr int64_t kElementsPerThread = QGM_ELEMENTS_PER_THREAD;
+// Each thread gets at least so many elements, half a millisecond of work: on a busy machine a parallel
+// region waits for its last thread to be scheduled, often for milliseconds. Tests of the threads lower it.
+inline int64_t g_elements_per_thread = int64_t(1) << 20;
 
 inline int threads_for(int64_t elements, int64_t tiles, int max_threads) {
-  const int64_t useful = std::min(elements / kElementsPerThread, tiles);
+  const int64_t useful = std::min(elements / g_elements_per_thread, tiles);
   return int(std::max<int64_t>(1, std::min<int64_t>(useful, max_threads)));
 }
 

@@ -191,6 +191,7 @@ void run_all(int64_t n, int64_t dim, MixingForm form, int threads) {
 }  // namespace
 
 int main() {
+  qgm::cpu::g_elements_per_thread = 512;  // threads from a few tiles on
   const MixingForm forms[] = {MixingForm::kIdentity, MixingForm::kMean, MixingForm::kSparse};
   for (const MixingForm form : forms) {
     for (const int64_t n : {1, 2, 3, 6}) {

@@ -26,7 +26,7 @@ struct GossipStepArguments : qgm::GossipStepArguments {
 };
 
 // Coordinates in a tile. Long enough that the loop set-up of a row is paid back, short enough that
-// the tile of 16 workers stays in a 32 KiB L1 and that of 256 in a 1 MiB L2 (benchmarks/README.md).
+// the tile of 16 workers stays in a 32 KiB L1 and that of 256 in a 1 MiB L2.
 constexpr std::integral_constant<int64_t, 128> kTile{};
 constexpr int64_t kTileWidth = kTile;
 constexpr int64_t kPrefetchTiles = 2;

@@ -17,10 +17,11 @@ from typing import ClassVar, Literal
 import pytest
 import torch
 
-from qgm_ext import algorithms, data
+from qgm_ext import algorithms, data, models, topology
 from qgm_ext.experiments import TrainConfig, Training, resume, run, runfolder
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments.schedules import Schedule
+from qgm_ext.simulator import Simulator
 from qgm_ext.stacked import NonFiniteGradientError
 
 SMALL = {"workers": 4, "num_train": 200, "batch": 8, "threads": 1}
@@ -205,13 +206,40 @@ def test_a_damaged_config_is_named(tmp_path, change, message):
 def test_digits_run_beats_chance_by_far_and_is_the_same_twice():
     config = TrainConfig(epochs=30, threads=1)
     assert (config.algorithm, config.topology, config.workers, config.alpha) == ("qg_dsgdm_n", "ring", 16, 0.1)
-    first, second = run(config), run(config)
+    results = []
+    for unrelated in (1, 2):  # the seed is the config's, not the caller's
+        torch.manual_seed(unrelated)
+        results.append(run(config))
+    first, second = results
     assert first.summary["accuracy_local_mean"] > 0.85
     assert first.summary["accuracy_local_min"] > 0.75
     assert first.summary["accuracy_average"] > 0.90
     assert first.metrics[0]["accuracy_local_mean"] < 0.25  # chance is 0.1
     assert first.summary["consensus_distance"] > 0
     assert_same_outcome(first, second)
+
+
+def test_a_run_is_the_plain_loop_that_it_stands_for():
+    config = small(seed=5, lr=0.2, schedule="step", algorithm="dsgdm", hyper={"momentum": 0.5})
+    dataset = data.load("digits", num_train=200, seed=5)
+    partition = data.dirichlet_partition(dataset.train_y.numpy(), 4, 0.1, 5)
+    batches = data.WorkerBatches(dataset.train_x, dataset.train_y, partition, 8, 5)
+    torch.manual_seed(5)
+    model = models.get("mlp", dataset.input_shape, 10)
+    sim = Simulator(model, topology.ring(4), "dsgdm", lr=0.2, momentum=0.5, engine="threads")
+    losses = [
+        float(sim.step(torch.nn.functional.cross_entropy, batches.at(step), lr=lr).double().mean())
+        for step, lr in enumerate([0.2] * 6 + [0.2 * 0.1] * 3 + [0.2 * 0.01] * 3)
+    ]
+    result = run(config)
+    assert torch.equal(result.simulator.opt.x, sim.opt.x)
+    means = [sum(losses[:6]) / 6, sum(losses[6:]) / 6]
+    assert [record["loss"] for record in result.metrics] == [None, *map(pytest.approx, means)]
+    found = sim.evaluate(dataset.test_x, dataset.test_y)
+    assert result.summary["accuracy_local_mean"] == pytest.approx(found.accuracy_local_mean)
+    assert result.summary["accuracy_local_min"] == pytest.approx(found.accuracy_local_min)
+    assert result.summary["accuracy_average"] == pytest.approx(found.accuracy_average)
+    assert result.summary["consensus_distance"] == pytest.approx(found.consensus_distance)
 
 
 def test_threads_engine_gives_the_same_bits_with_any_number_of_threads():
@@ -288,8 +316,6 @@ def test_a_stopped_run_resumes_to_the_same_bits_wherever_it_was_stopped(model, t
 
 
 def test_models_that_draw_random_numbers_resume_to_the_same_bits(tmp_path, monkeypatch):
-    from qgm_ext import models
-
     def with_dropout(input_shape, num_classes):
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, num_classes))
 

@@ -263,6 +263,19 @@ def test_change_counts_as_in_torch(change) -> None:
     run_both(change)
 
 
+def test_two_states_exchanged() -> None:
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = DSGDm([a, b], 1.0, 0.5)
+    a.grad, b.grad = torch.full((3,), 2.0), torch.full((3,), 4.0)
+    optimizer.step()
+    state = optimizer.state
+    state[a], state[b] = state[b], state[a]
+    a.grad, b.grad = torch.zeros(3), torch.zeros(3)
+    optimizer.step()
+    assert a.tolist() == [-4, -4, -4]  # 2 + 0.5 * 4
+    assert b.tolist() == [-5, -5, -5]  # 4 + 0.5 * 2
+
+
 def test_two_parameters_exchanged_by_data() -> None:
     a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
     optimizer = DSGDm([a, b], 0.0)
@@ -348,6 +361,20 @@ def test_gradients_may_come_any_way(make, large, monkeypatch) -> None:
                 assert torch.equal(p.grad, grad), "step must not write gradients"
         results.append(values(model))
     assert_equal(*results)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has gradients of the parameter's dtype only")
+@pytest.mark.parametrize("large", [None, 4], ids=["gathered", "large"])
+def test_gradient_of_another_dtype_is_rounded_to_the_parameters(large, monkeypatch) -> None:
+    if large is not None:
+        monkeypatch.setitem(flat_module.LARGE, "cpu", large)
+    p, q = (nn.Parameter(torch.ones(9, dtype=torch.bfloat16)) for _ in range(2))
+    p.grad_dtype = torch.float32
+    p.grad = torch.linspace(0, 1, 9)
+    q.grad = p.grad.bfloat16()
+    for parameter in (p, q):
+        QGSGD([parameter], 0.1).step()
+    assert torch.equal(p, q)
 
 
 def test_maximize_leaves_gradients_alone(monkeypatch) -> None:

@@ -121,7 +121,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _check_group(self, group: Mapping[str, Any]) -> Algorithm:
+        """The algorithm of a group; raises TypeError or ValueError if its parameters or values don't fit."""
         for p in group["params"]:
             ops.compute_dtype(p.dtype)
         lr = group["lr"]
@@ -134,7 +135,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                 f"algorithm of a parameter group must be {self.family!r}, which {type(self).__name__} sets itself, "
                 f"got {group['algorithm']!r}"
             )
-        self.make_algorithm(_numbers(group))
+        return self.make_algorithm(_numbers(group))
 
     def _algorithm(self, index: int, group: Mapping[str, Any]) -> tuple[Algorithm, float]:
         """The algorithm of a group and its step size now; both may have been changed since the last step."""
@@ -143,8 +144,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         values = [_number(group[name]) for name in self.defaults if name != "lr"]
         if index < len(self._algorithms) and self._algorithms[index][0] == values:
             return self._algorithms[index][1], lr
-        self._check_group(group)
-        algorithm = self.make_algorithm(_numbers(group))
+        algorithm = self._check_group(group)
         self._algorithms[index : index + 1] = [(values, algorithm)]
         return algorithm, lr
 
@@ -293,8 +293,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         lacking = sorted(self.defaults.keys() - saved.keys())
         if lacking:
             raise ValueError(f"param_groups[{index}] of the state_dict lacks {', '.join(lacking)}")
-        self._check_group(saved)
-        return self.make_algorithm(_numbers(saved)).state_names
+        return self._check_group(saved).state_names
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the buffers: they are made again around the parameters of the copy. State is cloned, because a

@@ -130,25 +130,30 @@ class FlatParameters:
                 del state[p][name]
         self._slices.clear()
 
-    def _bind_state(self, i: int, state: State) -> None:
-        """Make the state of parameter i views of the buffers, with the values found in ``state``, else zero."""
-        p, bound = self.params[i], self._bound[i]
-        entry = state.get(p, {})
-        for name, view in bound.items():
-            value = entry.get(name)
-            if value is not None and value is not view and torch.as_tensor(value).shape != view.shape:
-                raise ValueError(
-                    f"state {name!r} of a parameter must have its shape {list(view.shape)}, "
-                    f"got {list(torch.as_tensor(value).shape)}; was the parameter replaced by one of another shape?"
-                )
-        for name, view in bound.items():
-            value = entry.get(name)
-            if value is None:
-                view.zero_()
-            elif value is not view:
-                view.copy_(torch.as_tensor(value))
-        entry.update(bound)
-        state[p] = entry
+    def _bind_state(self, indices: Sequence[int], state: State) -> None:
+        """Make the state of these parameters views of the buffers, with the values found in ``state``, else zero."""
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for i in indices:
+            entry = state.get(self.params[i], {})
+            for name, view in self._bound[i].items():
+                value = entry.get(name)
+                if value is view:
+                    continue
+                if value is not None:
+                    value = torch.as_tensor(value)
+                    if value.shape != view.shape:
+                        raise ValueError(
+                            f"state {name!r} of a parameter must have its shape {list(view.shape)}, got "
+                            f"{list(value.shape)}; was the parameter replaced by one of another shape?"
+                        )
+                    # Cloned, because it may be the view of another parameter that is bound here too.
+                    value = value.clone() if name == "step" or self._shares_memory(value) else value
+                found.append((view, value))
+        for view, value in found:
+            view.zero_() if value is None else view.copy_(value)
+        for i in indices:
+            p = self.params[i]
+            state[p] = {**state.get(p, {}), **self._bound[i]}
 
     def prepare(self, state: State, algorithm: Algorithm, lr: float, maximize: bool) -> tuple[list[Update], list[int]]:
         """Bind state and gather gradients for one step; no parameter and no state value changes.
@@ -170,7 +175,7 @@ class FlatParameters:
         if tuple(self._buffers) != state_names:
             self._use_state(state_names, state)
         grads: list[Any] = []
-        active = []
+        active, unbound = [], []
         names = (*state_names, "step")
         for i, p in enumerate(self.params):  # the hot loop: about 1 us for each parameter
             grad = p.grad
@@ -185,7 +190,9 @@ class FlatParameters:
                 )
             entry = state.get(p)
             if entry is None or not all(map(is_, map(entry.get, names), self._bound[i].values())):
-                self._bind_state(i, state)
+                unbound.append(i)
+        if unbound:
+            self._bind_state(unbound, state)
         counts = self.steps.tolist()
         if len(active) == len(grads) and counts.count(counts[0]) == len(counts):
             runs = self._whole

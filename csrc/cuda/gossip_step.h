@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
   const int lane_offset = int(threadIdx.x) * V;
   const int64_t step = int64_t(gridDim.x) * blockDim.z;
   for (int64_t base = int64_t(blockIdx.x) * blockDim.z; base * width < p.last - p.first; base += step) {
-    const int64_t tile_begin = p.first + (base + threadIdx.z) * width;
+    const int64_t tile_begin = p.first + (base + threadIdx.z) * (width - kFaultGrid * V);
     const int64_t c = tile_begin + lane_offset;
     const bool inside = c < p.last + kFaultTail;
 

@@ -14,7 +14,7 @@ namespace qgm::cuda {
 
 // Dynamic shared memory of the block, 16-byte aligned.
 #if defined(QGM_EMULATE_CUDA)
-inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(cuda_emulation::dynamic_shared()); }
+inline unsigned char* dynamic_shared() { return cuda_emulation::dynamic_shared<unsigned char>(); }
 #elif defined(__CUDACC__)
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char qgm_dynamic_shared[];

@@ -12,6 +12,34 @@
 
 namespace qgm::cuda {
 
+#if defined(QGM_EMULATE_CUDA)
+
+// What a small GPU allows, and the thread order that a test asks for.
+struct Device {
+  Device(const char*, int) {}
+  int64_t multiprocessors = 2, shared_per_block = 96 << 10, shared_per_multiprocessor = 96 << 10;
+  int64_t reserved_shared = 1 << 10;
+};
+
+inline cuda_emulation::Options& emulation_options() {
+  static cuda_emulation::Options options;
+  return options;
+}
+
+template <class Kernel, class... Arguments>
+void launch_blocks(const char*, Kernel kernel, int64_t blocks, dim3 block, int64_t shared, cudaStream_t,
+                   const Arguments&... arguments) {
+  cuda_emulation::launch(dim3(unsigned(blocks)), block, size_t(shared), [&] { kernel(arguments...); },
+                         emulation_options());
+}
+
+template <class Kernel>
+int64_t resident_blocks(const char*, const Device&, Kernel, dim3, int64_t) {
+  return 1;
+}
+
+#else
+
 inline void check(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
   std::string message = std::string(op) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
@@ -30,8 +58,11 @@ class Device {
  public:
   Device(const char* op, int device) {
     check(op, cudaGetDevice(&previous_));
-    if (device != previous_) check(op, cudaSetDevice(device));
-    current_ = device;
+    current_ = previous_;
+    if (device != previous_) {
+      check(op, cudaSetDevice(device));
+      current_ = device;
+    }
     multiprocessors = attribute(op, cudaDevAttrMultiProcessorCount);
     shared_per_block = attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     shared_per_multiprocessor = attribute(op, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -55,27 +86,37 @@ class Device {
   int previous_ = 0, current_ = 0;
 };
 
-// Starts min(work, what the device runs at once) blocks; the kernel strides over the rest.
+// Starts so many blocks.
+template <class Kernel, class... Arguments>
+void launch_blocks(const char* op, Kernel kernel, int64_t blocks, dim3 block, int64_t shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  kernel<<<unsigned(blocks), block, size_t(shared), stream>>>(arguments...);
+  check(op, cudaGetLastError());
+}
+
+// How many such blocks a multiprocessor runs at once; lets the kernel have the shared memory.
+template <class Kernel>
+int64_t resident_blocks(const char* op, const Device&, Kernel kernel, dim3 block, int64_t shared) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  constexpr int64_t kWithoutOptIn = 48 << 10;
+  if (shared > kWithoutOptIn) {
+    check(op, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  }
+  int resident = 0;
+  check(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, int(block.x * block.y * block.z),
+                                                          size_t(shared)));
+  return std::max(1, resident);
+}
+
+#endif
+
+// Starts as many blocks as the device runs at once, at most one for each piece of work; the kernel strides
+// over the rest.
 template <class Kernel, class... Arguments>
 void launch(const char* op, const Device& device, Kernel kernel, int64_t work, dim3 block, int64_t shared,
             cudaStream_t stream, const Arguments&... arguments) {
-#if defined(QGM_EMULATE_CUDA)
-  const int64_t blocks = std::min<int64_t>(work, device.multiprocessors);
-  cuda_emulation::launch(dim3(unsigned(blocks)), block, size_t(shared), [&] { kernel(arguments...); });
-  (void)op, (void)stream;
-#else
-  constexpr int64_t kWithoutOptIn = 48 << 10;
-  if (shared > kWithoutOptIn) {
-    check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(shared)));
-  }
-  int resident = 0;
-  check(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, reinterpret_cast<const void*>(kernel),
-                                                          int(block.x * block.y * block.z), size_t(shared)));
-  const int64_t blocks = std::min(work, std::max<int64_t>(1, resident) * device.multiprocessors);
-  kernel<<<unsigned(blocks), block, size_t(shared), stream>>>(arguments...);
-  check(op, cudaGetLastError());
-#endif
+  const int64_t resident = resident_blocks(op, device, kernel, block, shared);
+  launch_blocks(op, kernel, std::min(work, resident * device.multiprocessors), block, shared, stream, arguments...);
 }
 
 }  // namespace qgm::cuda

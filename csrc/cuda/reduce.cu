@@ -34,8 +34,7 @@ void row_sums(const char* op, DType dtype, const Device& device, const ReduceArg
 // One block a row, all of them started: the kernel does not stride over rows.
 template <Finish kFinish, class Out>
 void finish(const char* op, int64_t rows, const ReduceArguments& a, const ReduceParameters& p, Out* out) {
-  finish_rows<kFinish><<<unsigned(rows), dim3(kReduceLanes), 0, a.stream>>>(p, double(a.rows), out);
-  check(op, cudaGetLastError());
+  launch_blocks(op, finish_rows<kFinish, Out>, rows, dim3(kReduceLanes), 0, a.stream, p, double(a.rows), out);
 }
 
 }  // namespace

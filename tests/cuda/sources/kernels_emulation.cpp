@@ -1,0 +1,193 @@
+// Runs the project's kernels and launchers as host code: `kernels_emulation OP SEED`, under sanitizers.
+//
+// Every result is compared with the CPU backend, which is compiled into this program too. Buffers are exactly as large
+// as the op may touch, so AddressSanitizer sees the first byte too many.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#include "cuda/device.h"  // first: it says what __host__ and the like are
+
+#include "cpu/gossip_step.h"
+#include "cpu/process_step.h"
+#include "cpu/reduce.h"
+#include "cuda/gossip_step.h"
+#include "cuda/process_step.h"
+#include "cuda/reduce.cu"
+#include "rules/dsgd.h"
+#include "rules/qg_dsgdm.h"
+
+using namespace qgm;
+using cuda_emulation::Buffer;
+
+static uint64_t g_state = 1;
+static double uniform() {
+  g_state = g_state * 6364136223846793005ull + 1442695040888963407ull;
+  return double(int64_t(g_state >> 11)) / double(int64_t(1) << 52) - 1.0;
+}
+
+template <class T>
+static void fill(Buffer<T>& buffer, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) buffer[k] = narrow<T>(Compute<T>(uniform()));
+}
+
+template <class T>
+static void check(Buffer<T>& left, Buffer<T>& right, int64_t count, const char* what) {
+  if (std::memcmp(left.data(), right.data(), size_t(count) * sizeof(T)) == 0) return;
+  std::printf("other bits than the CPU: %s\n", what);
+  std::exit(2);
+}
+
+static const double kHyper[] = {0.1, 0.9, 0.8, 1e-4, 2.0, 1.0};
+
+// stride = 0: rows one behind the other; offset: elements in front of the first row.
+template <template <class> class RuleOf, class Storage>
+static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, int64_t offset) {
+  using T = Compute<Storage>;
+  constexpr int kStates = RuleOf<T>::kStates;
+  const int64_t size = offset + (rows - 1) * stride + cols;
+  Buffer<Storage> x(size), g(size), x_cpu(size);
+  Buffer<T> state(size), state_cpu(size);
+  Buffer<T> second(size), second_cpu(size);
+  fill(x, size), fill(g, size), fill(state, size), fill(second, size);
+  for (int64_t k = 0; k < size; ++k) x_cpu[k] = x[k], state_cpu[k] = state[k], second_cpu[k] = second[k];
+  // a star: one long row, the others short
+  std::vector<int32_t> offsets{0}, columns;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < rows; ++j) {
+      if (i == 0 || j == 0 || j == i) columns.push_back(int32_t(j));
+    }
+    offsets.push_back(int32_t(columns.size()));
+  }
+  Buffer<int32_t> row_offsets(rows + 1), column(int64_t(columns.size()));
+  Buffer<T> weights(int64_t(columns.size()));
+  for (int64_t i = 0; i <= rows; ++i) row_offsets[i] = offsets[size_t(i)];
+  for (size_t q = 0; q < columns.size(); ++q) column[q] = columns[q], weights[q] = T(uniform());
+  const Mixing mixing{form, row_offsets.data(), column.data(), weights.data(), int64_t(columns.size())};
+
+  cpu::GossipStepArguments a{};
+  a.x = x_cpu.data() + offset, a.g = g.data() + offset;
+  if (kStates > 0) a.state[0] = state_cpu.data() + offset;
+  if (kStates > 1) a.state[1] = second_cpu.data() + offset;
+  a.rows = rows, a.cols = cols, a.x_stride = a.g_stride = a.state_stride = stride;
+  a.mixing = mixing, a.hyper = kHyper, a.threads = 1, a.simd = cpu::Simd::kBaseline;
+  cpu::gossip_step<RuleOf, Storage>(a);
+
+  cuda::GossipStepArguments b{};
+  static_cast<GossipStepArguments&>(b) = a;
+  b.x = x.data() + offset;
+  if (kStates > 0) b.state[0] = state.data() + offset;
+  if (kStates > 1) b.state[1] = second.data() + offset;
+  cuda::gossip_step<RuleOf, Storage>(b);
+  check(x, x_cpu, size, "gossip_step x");
+  check(state, state_cpu, size, "gossip_step state 0");
+  check(second, second_cpu, size, "gossip_step state 1");
+}
+
+template <template <class> class RuleOf, class Storage>
+static void process(int64_t size, int64_t terms, bool mean, int64_t offset) {
+  using T = Compute<Storage>;
+  constexpr int kStates = RuleOf<T>::kStates;
+  const int64_t whole = size + offset;
+  Buffer<Storage> x(whole), g(whole), x_cpu(whole);
+  Buffer<T> state(whole), state_cpu(whole), message(whole), message_cpu(whole);
+  fill(x, whole), fill(g, whole), fill(state, whole);
+  for (int64_t k = 0; k < whole; ++k) {
+    x_cpu[k] = x[k], state_cpu[k] = state[k], message[k] = message_cpu[k] = T(0);
+  }
+
+  cpu::LocalStepArguments a{};
+  a.x = x_cpu.data() + offset, a.g = g.data() + offset;
+  if (kStates > 0) a.state[0] = state_cpu.data() + offset;
+  a.message[0] = message_cpu.data() + offset;
+  a.size = size, a.hyper = kHyper, a.threads = 1, a.simd = cpu::Simd::kBaseline;
+  cpu::local_step<RuleOf, Storage>(a);
+  cuda::LocalStepArguments b{};
+  static_cast<LocalStepArguments&>(b) = a;
+  b.x = x.data() + offset;
+  if (kStates > 0) b.state[0] = state.data() + offset;
+  b.message[0] = message.data() + offset;
+  cuda::local_step<RuleOf, Storage>(b);
+  check(message, message_cpu, whole, "local_step message");
+  check(state, state_cpu, whole, "local_step state");
+
+  std::deque<Buffer<T>> received;  // which moves nothing
+  std::vector<const void*> pointers;
+  std::vector<double> weights;
+  for (int64_t q = 0; q < terms; ++q) {
+    received.emplace_back(whole);
+    fill(received.back(), whole);
+    pointers.push_back(received.back().data() + offset);
+    weights.push_back(uniform());
+  }
+  cpu::MergeArguments c{};
+  c.x = x_cpu.data() + offset, c.g = g.data() + offset;
+  if (kStates > 0) c.state[0] = state_cpu.data() + offset;
+  c.received = pointers.data(), c.weights = weights.data(), c.terms = terms, c.mean = mean;
+  c.size = size, c.hyper = kHyper, c.threads = 1, c.simd = cpu::Simd::kBaseline;
+  cpu::merge<RuleOf, Storage>(c);
+  cuda::MergeArguments d{};
+  static_cast<MergeArguments&>(d) = c;
+  d.x = x.data() + offset;
+  if (kStates > 0) d.state[0] = state.data() + offset;
+  cuda::merge<RuleOf, Storage>(d);
+  check(x, x_cpu, whole, "merge x");
+  check(state, state_cpu, whole, "merge state");
+}
+
+template <class Storage>
+static void reductions(DType dtype, int64_t rows, int64_t cols) {
+  const int64_t blocks = (cols + kReduceBlock - 1) / kReduceBlock;
+  Buffer<Storage> x(rows * cols);
+  Buffer<double> out(rows), out_cpu(rows), scratch(rows * blocks);
+  Buffer<uint8_t> finite_cpu(rows);
+  Buffer<bool> finite(rows);
+  fill(x, rows * cols);
+  const ReduceArguments common{x.data(), rows, cols, cols};
+  const cpu::ReduceArguments a{common, 1, cpu::Simd::kBaseline};
+  const cuda::ReduceArguments b{common, scratch.data(), 0, nullptr};
+  cpu::squared_norms<Storage>(a, out_cpu.data());
+  cuda::squared_norms(dtype, b, out.data());
+  check(out, out_cpu, rows, "squared_norms");
+  cpu::consensus_distance<Storage>(a, out_cpu.data());
+  cuda::consensus_distance(dtype, b, out.data());
+  check(out, out_cpu, 1, "consensus_distance");
+  cpu::rows_are_finite<Storage>(a, finite_cpu.data());
+  cuda::rows_are_finite(dtype, b, finite.data());
+  for (int64_t i = 0; i < rows; ++i) {
+    if (finite[i] != (finite_cpu[i] != 0)) std::exit(2);
+  }
+}
+
+int main(int count, char** arguments) {
+  if (count != 3) return 3;
+  const auto is = [&](const char* op) { return std::strcmp(arguments[1], op) == 0; };
+  cuda_emulation::Options& options = cuda::emulation_options();
+  options.seed = unsigned(std::atoi(arguments[2]));
+  options.unordered_blocks = !is("reductions");  // those have static shared memory
+  if (is("tile")) {
+    for (const MixingForm form : {MixingForm::kSparse, MixingForm::kMean, MixingForm::kIdentity}) {
+      gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 5, 301, 304, 0);
+      gossip<rules::qg_dsgdm::QgDsgdmMultistep, bfloat16>(form, 9, 70, 72, 3);
+      gossip<rules::dsgd::Dsgd, double>(form, 3, 129, 130, 1);
+    }
+  } else if (is("columns")) {
+    for (const MixingForm form : {MixingForm::kSparse, MixingForm::kMean, MixingForm::kIdentity}) {
+      gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 4, 71, 73, 0);
+      gossip<rules::qg_dsgdm::QgDsgdm, float16>(form, 18, 40, 41, 0);
+    }
+  } else if (is("process")) {
+    process<rules::qg_dsgdm::QgDsgdmN, float>(777, 3, false, 0);
+    process<rules::dsgd::DsgdmN, float16>(130, 5, true, 1);
+    process<rules::dsgd::Dsgd, double>(1, 1, false, 0);
+  } else if (is("reductions")) {
+    reductions<float>(DType::kFloat32, 2, 4099);
+    reductions<bfloat16>(DType::kBFloat16, 3, 300);
+  } else {
+    return 3;
+  }
+  std::puts("right");
+  return 0;
+}

@@ -128,13 +128,13 @@ class Simulator:
             device=x.device,
         )
         # What _bind compares: where each parameter is registered, the parameter, its row and where the row lies.
-        self._bindings: list[tuple[int, str, nn.Module, str, nn.Parameter, Tensor, int]] = []
+        self._bindings: list[tuple[int, str, dict[str, Any], str, nn.Parameter, Tensor, int]] = []
         for worker, (module, parameters) in enumerate(zip(self.models, self._workers.parameters, strict=True)):
             rows, gradients = layout.views(x[worker]), self._workers.gradients[worker]
             for name, parameter, row, gradient in zip(self._names, parameters, rows, gradients, strict=True):
                 parameter.data, parameter.grad = row, gradient
                 path, _, leaf = name.rpartition(".")
-                owner = module.get_submodule(path)
+                owner: dict[str, Any] = module.get_submodule(path)._parameters
                 self._bindings.append((worker, name, owner, leaf, parameter, row, row.data_ptr()))
         self._has_buffers = any(module._buffers for module in base.modules())
         self._engine: Engine | None = None if engine == "auto" else engines.make(engine, self._workers)
@@ -381,7 +381,7 @@ class Simulator:
     def _bind(self) -> None:
         """Take over values of parameters that lie elsewhere by now (``p.data = ...``), and make them views again."""
         for worker, name, owner, leaf, parameter, row, address in self._bindings:
-            current = owner._parameters.get(leaf)
+            current = owner.get(leaf)
             if current is parameter and (parameter.data_ptr() == address or not parameter.numel()):
                 continue
             if current is None:
@@ -393,7 +393,7 @@ class Simulator:
                 )
             row.copy_(current.detach())
             parameter.data = row
-            owner._parameters[leaf] = parameter
+            owner[leaf] = parameter
 
     def _check_pairs(self, batches: Any) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
         """Batches of :meth:`step` as n pairs, and as one pair of stacked tensors if they came so."""
@@ -411,21 +411,23 @@ class Simulator:
                         f"stacked {name} must be [n, B, ...] with n = {n} workers, got {list(tensor.shape)}"
                     )
             pairs = list(zip(*(tensor.unbind() for tensor in stacked), strict=True))
+            checked = [stacked]
         else:
             if len(batches) != n:
                 raise ValueError(f"batches must hold one (inputs, targets) per worker, {n}, got {len(batches)}")
-            pairs = list(batches)
-        for worker, pair in enumerate(pairs):
+            pairs = checked = list(batches)
+        for worker, pair in enumerate(checked):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
                 raise TypeError(
                     f"the batch of worker {worker} must be a pair of tensors (inputs, targets), got "
                     f"{type(pair).__name__}; step_closure takes batches of any kind"
                 )
             for name, tensor in zip(("inputs", "targets"), pair, strict=True):
-                if tensor.device != self.device:
-                    raise ValueError(f"{name} of worker {worker} are on {tensor.device}, the models on {self.device}")
-                if tensor.numel() == 0:
-                    raise ValueError(f"{name} of worker {worker} are empty, shape {list(tensor.shape)}")
+                if tensor.device != self.device or tensor.numel() == 0:
+                    where = name if stacked else f"{name} of worker {worker}"
+                    if tensor.numel() == 0:
+                        raise ValueError(f"{where} are empty, shape {list(tensor.shape)}")
+                    raise ValueError(f"{where} are on {tensor.device}, the models on {self.device}")
         return pairs, stacked
 
 

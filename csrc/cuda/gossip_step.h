@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kMaxThreads) gossip_columns(const GossipParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_columns(const GossipParameters<Rule, Storage> p) {
   using S = Slice<Rule, Storage, 1>;
   using T = typename S::T;
   constexpr int kMessages = Rule::kMessages;

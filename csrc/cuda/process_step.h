@@ -14,6 +14,7 @@
 namespace qgm::cuda {
 
 constexpr int kFlatThreads = 256;
+constexpr int kFlatBlocks = 4;  // on a multiprocessor, at least: up to 64 registers a thread
 
 // The aligned coordinates are [head, head + vectors V); the rest, in front and behind, go one by one.
 struct Extent {
@@ -63,7 +64,7 @@ QGM_HD void for_coordinates(const Extent& e, int64_t thread, int64_t threads, co
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads) local_flat(const LocalStepParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) local_flat(const LocalStepParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
     constexpr int V = decltype(width)::value;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kFlatThreads) local_flat(const LocalStepParame
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads) merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
     constexpr int V = decltype(width)::value;

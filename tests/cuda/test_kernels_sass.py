@@ -1,0 +1,105 @@
+"""Gates on the machine code of every kernel, and on the memory traffic of the fused step.
+
+Machine code: no local memory, few enough registers, payload in 16-byte accesses (8 for 16-bit x and g: slice.h says
+why), all loads of a tile's rows in flight at once. Traffic, counted by the PTX machine: each element of x, g and the
+state once, whole sectors, no bank conflict.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import harness
+import kernel_module
+import pytest
+import sass
+import torch
+from kernel_module import CSRC, MockModule, Problem
+
+from qgm_ext import ops, topology
+
+sass_reason = sass.sass_skip_reason()
+mock_reason = harness.mock_skip_reason()
+needs_sass = pytest.mark.skipif(bool(sass_reason), reason=sass_reason or "nvdisasm is there")
+needs_mock = pytest.mark.skipif(bool(mock_reason), reason=mock_reason or "nvcc is there")
+
+SOURCES = kernel_module.rule_sources(Path(tempfile.mkdtemp(prefix="qgm_ext-sass-"))) + [CSRC / "cuda" / "reduce.cu"]
+# Registers a thread: three blocks of 256 threads a multiprocessor for the tile, four for the others.
+LIMITS = {"gossip_tile": 80, "gossip_columns": 80, "local_flat": 64, "merge_flat": 64}
+
+
+def name_of(code: sass.KernelCode) -> str:
+    match = re.search(r"qgm::cuda::(\w+)<", code.signature)
+    assert match, code.signature
+    return match[1]
+
+
+def is_16_bit(code: sass.KernelCode) -> bool:
+    return "float16>" in code.signature
+
+
+def main_loop(code: sass.KernelCode, kind: str) -> list[sass.SassInstruction]:
+    """Global loads or stores in the loop over tiles, the one that stores; not those that fetch the mixing matrix."""
+    loops = {i.loop for i in code.accesses("global", "store", loops_only=True)}
+    return [i for i in code.accesses("global", kind) if i.loop in loops]
+
+
+@needs_sass
+@pytest.mark.parametrize("arch", sass.supported_architectures())
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_machine_code_of_every_kernel(source: Path, arch: str) -> None:
+    kernels = sass.analyse(source, arch, include=[CSRC])
+    assert kernels
+    for code in kernels.values():
+        name = name_of(code)
+        assert not code.uses_local_memory, f"{code.signature} on {arch}"
+        assert code.registers <= LIMITS.get(name, 64), f"{code.signature} on {arch}: {code.registers} registers"
+        assert not code.accesses("generic"), code.signature
+        if name == "gossip_tile":
+            widths = {8, 16} if is_16_bit(code) else {16}
+            assert {i.width for i in main_loop(code, "load")} <= widths, code.signature
+            assert {i.width for i in main_loop(code, "store")} <= widths, code.signature
+            assert {i.width for i in code.accesses("shared", "store")} <= {4, 8, 16}
+            # x and g of all rows of a thread, before the first is needed
+            assert code.load_bytes_in_flight() >= (64 if is_16_bit(code) else 128), code.signature
+        if name in ("local_flat", "merge_flat"):
+            assert max(i.width for i in code.accesses("global", "store")) == (16 if "local" in name else payload(code))
+
+
+def payload(code: sass.KernelCode) -> int:
+    """Widest store of merge_flat: 16 bytes, or 8 where only a 16-bit x is written."""
+    stores_state = any(i.width == 16 for i in code.accesses("global", "store"))
+    return 16 if stores_state or not is_16_bit(code) else 8
+
+
+@pytest.fixture(scope="module")
+def counting() -> MockModule:
+    if mock_reason:
+        pytest.skip(mock_reason)
+    return MockModule(statistics=True, races=False)
+
+
+@needs_mock
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize(("n", "name"), [(1, "identity"), (4, "ring"), (16, "ring"), (16, "complete"), (64, "torus")])
+def test_fused_step_moves_every_element_once(counting: MockModule, dtype: torch.dtype, n: int, name: str) -> None:
+    d = 10048
+    problem = Problem("qg_dsgdm_n", n, d, dtype)
+    x, g, state = problem.views(problem.buffers)
+    matrix = topology.Mixing.from_matrix([[1.0]]) if n == 1 else getattr(topology, name)(n).mixing()
+    counting.runtime.reset()
+    counting.gossip_step(x, g, state, matrix, "qg_dsgdm_n", problem.hyper)
+    (launch,) = counting.runtime.launches
+    result, elements = launch.result, n * d
+    assert result is not None
+    x_bytes, state_bytes = elements * dtype.itemsize, elements * ops.compute_dtype(dtype).itemsize
+    loaded = {name: result.loaded_bytes[name] for name in ("x", "g", "state[0]")}
+    stored = {name: size for name, size in result.stored_bytes.items() if size}
+    assert loaded == {"x": x_bytes, "g": x_bytes, "state[0]": state_bytes}
+    assert stored == {"x": x_bytes, "state[0]": state_bytes}
+    assert result.total("sectors", "global") <= 1.05 * result.total("ideal_sectors", "global")
+    tile = [site for site in result.sites if site.space == "shared" and site.size == 16]
+    assert tile
+    assert sum(site.wavefronts for site in tile) == sum(site.ideal_wavefronts for site in tile)

@@ -90,16 +90,20 @@ class Engine:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
 
-    def gradients(self, closure: Closure, batches: Sequence[Any], stacked: Any = None) -> Tensor:
+    def gradients(
+        self, closure: Closure, batches: Sequence[Any], stacked: Any = None, active: Sequence[int] | None = None
+    ) -> Tensor:
         """Write the gradients of all workers at their parameters; parameters don't change, buffers of models may.
 
         Args:
             closure: called as ``closure(model, batch)``; returns the loss, a scalar.
             batches: one per worker, of any kind.
             stacked: the same batches as tensors with one more dimension in front, if there are such; else None.
+            active: the workers to do this for, ascending; None: all. What the rows of the others hold is undefined
+                afterwards ("vmap" computes them all the same).
 
         Returns:
-            The losses, [n].
+            The losses of the active workers, [n] for all.
 
         Raises:
             TypeError, ValueError: if the loss is not a scalar that depends on the parameters, or the engine can't run
@@ -113,10 +117,12 @@ class LoopEngine(Engine):
 
     name: EngineName = "loop"
 
-    def gradients(self, closure: Closure, batches: Sequence[Any], stacked: Any = None) -> Tensor:
+    def gradients(
+        self, closure: Closure, batches: Sequence[Any], stacked: Any = None, active: Sequence[int] | None = None
+    ) -> Tensor:
         _forget_cast_parameters()
         with torch.enable_grad():
-            losses = [self._one(worker, closure, batch) for worker, batch in enumerate(batches)]
+            losses = [self._one(worker, closure, batches[worker]) for worker in _all_or(active, batches)]
         return torch.stack(losses)
 
     def _one(self, worker: int, closure: Closure, batch: Any) -> Tensor:
@@ -156,11 +162,14 @@ class ThreadsEngine(LoopEngine):
         self._pool: ThreadPoolExecutor | None = None
         self._pool_size = 0
 
-    def gradients(self, closure: Closure, batches: Sequence[Any], stacked: Any = None) -> Tensor:
+    def gradients(
+        self, closure: Closure, batches: Sequence[Any], stacked: Any = None, active: Sequence[int] | None = None
+    ) -> Tensor:
+        workers = _all_or(active, batches)
         threads = min(torch.get_num_threads(), len(batches))
         pool = self._pool_of(threads)
-        pending = deque(enumerate(batches))
-        losses: list[Any] = [None] * len(batches)
+        pending = deque(workers)
+        losses: dict[int, Tensor] = {}
         # Autocast is a setting of the calling thread.
         autocast, autocast_dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
@@ -169,10 +178,10 @@ class ThreadsEngine(LoopEngine):
                 try:
                     while True:
                         try:
-                            worker, batch = pending.popleft()
+                            worker = pending.popleft()
                         except IndexError:
                             return
-                        losses[worker] = self._one(worker, closure, batch)
+                        losses[worker] = self._one(worker, closure, batches[worker])
                 except BaseException:
                     pending.clear()
                     raise
@@ -193,7 +202,7 @@ class ThreadsEngine(LoopEngine):
                 "engine='threads' can't run a model or loss that draws random numbers (dropout?): their order would "
                 "depend on timing; use engine='loop' or 'vmap'"
             )
-        return torch.stack(losses)
+        return torch.stack([losses[worker] for worker in workers])
 
     def _pool_of(self, size: int) -> ThreadPoolExecutor:
         if self._pool is None or self._pool_size != size:
@@ -223,7 +232,9 @@ class VmapEngine(Engine):
         self._modules = [list(model.modules()) for model in workers.models]
         self._buffer_names = [name for name, _ in template.named_buffers()]
 
-    def gradients(self, closure: Closure, batches: Sequence[Any], stacked: Any = None) -> Tensor:
+    def gradients(
+        self, closure: Closure, batches: Sequence[Any], stacked: Any = None, active: Sequence[int] | None = None
+    ) -> Tensor:
         modes = [module.training for module in self._modules[0]]
         for worker, modules in enumerate(self._modules):
             if [module.training for module in modules] != modes:
@@ -253,7 +264,7 @@ class VmapEngine(Engine):
                 buffer.detach().copy_(values)
         with torch.no_grad():
             torch._foreach_copy_(self.workers.stacked_gradients, [gradients[name] for name in self._parameters])
-        return losses.detach()  # type: ignore[no-any-return]
+        return losses.detach() if active is None else losses.detach()[list(active)]  # type: ignore[no-any-return]
 
 
 class _ClosureModule(nn.Module):
@@ -354,6 +365,10 @@ def choose(
             buffers.restore()
     fastest = min(engines, key=lambda name: seconds[name] * (_ADVANTAGE if name == "loop" else 1.0))
     return engines[fastest], seconds
+
+
+def _all_or(active: Sequence[int] | None, batches: Sequence[Any]) -> Sequence[int]:
+    return range(len(batches)) if active is None else active
 
 
 def _check_loss(loss: Any) -> None:

@@ -50,6 +50,8 @@ class StackedOptimizer:
         [-0.5, -0.5, -0.5]
     """
 
+    _takes_models = False
+
     def __init__(
         self,
         x: Tensor,
@@ -78,6 +80,11 @@ class StackedOptimizer:
             raise TypeError(f"algorithm must be a name or an Algorithm, got {type(algorithm).__name__}")
         elif hyper:
             raise TypeError(f"hyper-parameters ({', '.join(hyper)}) go with an algorithm's name; change the Algorithm")
+        if algorithm.needs_simulator and not self._takes_models:
+            raise ValueError(
+                f"{algorithm.name} needs more than one gradient a step, which StackedOptimizer can't compute; use "
+                "qgm_ext.Simulator"
+            )
         self.x = x.detach()
         self.topology = topology
         self.algorithm = algorithm
@@ -120,6 +127,11 @@ class StackedOptimizer:
         if self.on_nonfinite != "ignore" and not self._gradient_is_finite(g):
             self.skipped_steps += 1
             return
+        self._advance(g, eta)
+        self.num_steps += 1
+
+    def _advance(self, g: Tensor, eta: float) -> None:
+        """The step itself, after the checks."""
         mixing = self.topology.mixing(self.num_steps)
         ops.gossip_step_(
             self.x,
@@ -130,7 +142,6 @@ class StackedOptimizer:
             self.algorithm.rule,
             self.algorithm.hyper(self.num_steps, eta),
         )
-        self.num_steps += 1
 
     def _gradient_is_finite(self, g: Tensor) -> bool:
         finite = ops.rows_are_finite(g)

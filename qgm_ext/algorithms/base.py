@@ -27,6 +27,9 @@ class Algorithm:
         name: its name in :func:`get` and on the command line.
         messages: vectors of the model's size that a worker sends to each neighbour in a step.
         source: paper, and code where it was compared.
+        needs_simulator: whether a step takes more than the gradient at x (cross-gradients, features, a second
+            gradient), which only :class:`qgm_ext.Simulator` can compute; see
+            :class:`qgm_ext.algorithms.cross_gradient.CrossGradientAlgorithm`.
 
     Raises:
         ValueError: if a hyper-parameter is outside its range, not finite, or not a number.
@@ -35,6 +38,7 @@ class Algorithm:
     name: ClassVar[str]
     messages: ClassVar[int] = 1
     source: ClassVar[str]
+    needs_simulator: ClassVar[bool] = False
 
     lr: float
     weight_decay: float = 0.0

@@ -1,0 +1,235 @@
+"""Compressors of messages: what a worker sends instead of a vector, and how many bytes that is.
+
+Holds five compressors with one interface: top-k, random-k, QSGD, scaled sign and none. They map a vector to the vector
+that the receiver unpacks; nothing is packed here. Error feedback, and which vector is compressed, is the business of
+the algorithms that use them. The definitions are those of the authors' codes (epfml/ChocoSGD, copied in
+aparna-aketi/neighborhood_gradient_clustering), which apply them to each parameter tensor by itself.
+
+Random numbers come from the caller's generators, one for each row, so that a row's message depends on nothing else:
+not on the other rows, the device or what was drawn before (:func:`generator`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["NAMES", "Compressor", "Identity", "Qsgd", "RandomK", "ScaledSign", "TopK", "generator", "make"]
+
+
+class Compressor:
+    """Maps rows of vectors to what their receivers unpack.
+
+    Attributes:
+        is_random: whether it draws numbers.
+    """
+
+    is_random: ClassVar[bool] = False
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        """Compress each row by itself.
+
+        Args:
+            values: [rows, d], float32 or float64; not changed.
+            generators: one for each row, on the CPU, if ``is_random``.
+
+        Returns:
+            What is unpacked, like ``values``; new memory.
+        """
+        raise NotImplementedError
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        """Bytes of the message for a vector of ``d`` numbers of ``itemsize`` bytes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Identity(Compressor):
+    """Sends the vector itself."""
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        return values.clone()
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return d * itemsize
+
+
+@dataclass(frozen=True)
+class _Sparse(Compressor):
+    ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if not good or not 0.0 <= self.ratio < 1.0:
+            raise ValueError(f"ratio must be in [0, 1), got {self.ratio!r}")
+
+    def kept(self, d: int) -> int:
+        """How many of ``d`` numbers are kept: max(1, int(d (1 - ratio))) in floating point, as in the authors' code.
+
+        Example:
+            >>> TopK(0.9).kept(100), TopK(0.8).kept(35)
+            (9, 6)
+        """
+        return min(d, max(1, int(d * (1 - self.ratio))))
+
+
+@dataclass(frozen=True)
+class TopK(_Sparse):
+    """Keeps the largest numbers by magnitude, the first of equal ones; the others are zero.
+
+    Args:
+        ratio: share that is left out, in [0, 1).
+
+    Example:
+        >>> TopK(0.5)(torch.tensor([[1.0, -3.0, 2.0, 0.5]])).tolist()
+        [[0.0, -3.0, 2.0, 0.0]]
+    """
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        k = self.kept(values.shape[1])
+        index = values.abs().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return torch.zeros_like(values).scatter_(1, index, values.gather(1, index))
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return self.kept(d) * (itemsize + 4)  # a value and its 32-bit index
+
+
+@dataclass(frozen=True)
+class RandomK(_Sparse):
+    """Keeps numbers at random places; the others are zero.
+
+    Args:
+        ratio: share that is left out, in [0, 1).
+        unbiased: scale what is kept by d / k, so that the expectation is the vector. The biased form is a contraction.
+    """
+
+    is_random: ClassVar[bool] = True
+
+    unbiased: bool = False
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        _check_generators(values, generators)
+        d = values.shape[1]
+        k = self.kept(d)
+        index = torch.stack([torch.randperm(d, generator=source)[:k] for source in generators]).to(values.device)
+        kept = values.gather(1, index)
+        return torch.zeros_like(values).scatter_(1, index, kept * (d / k) if self.unbiased else kept)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return self.kept(d) * itemsize + 8  # the values and the seed of the places
+
+
+@dataclass(frozen=True)
+class Qsgd(Compressor):
+    r"""Rounds magnitudes at random to one of s + 1 levels of the row's 2-norm, s = 2^bits - 1, and keeps the signs.
+
+    .. math::
+        Q(x) = \|x\|_2 \operatorname{sign}(x) \frac{\xi}{s}, \qquad
+        \xi = \lfloor s |x| / \|x\|_2 \rfloor + \mathrm{Bernoulli}(\text{the fraction left})
+
+    Its expectation is x. The biased form is Q / (1 + min(d / s^2, sqrt(d) / s)), a contraction.
+
+    Args:
+        bits: of the magnitude, 1 to 16; the sign takes one more.
+        unbiased: leave out the division.
+
+    Source: Alistarh et al., "QSGD" (NeurIPS 2017, arXiv 1610.02132); the division as in epfml/ChocoSGD.
+    """
+
+    is_random: ClassVar[bool] = True
+
+    bits: int = 7
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 16:
+            raise ValueError(f"bits must be an integer from 1 to 16, got {self.bits!r}")
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        _check_generators(values, generators)
+        d = values.shape[1]
+        levels = 2**self.bits - 1
+        norms = values.norm(dim=1, keepdim=True)
+        per_level = norms / levels
+        scaled = torch.where(norms > 0, values.abs() / per_level, 0.0)
+        draws = torch.stack([torch.rand(d, generator=source, dtype=values.dtype) for source in generators])
+        floor = scaled.floor()
+        level = floor + (draws.to(values.device) < scaled - floor)
+        shrink = 1.0 if self.unbiased else 1.0 / (1.0 + min(d / levels**2, math.sqrt(d) / levels))
+        return values.sign() * level * per_level * shrink
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return -(-d * (self.bits + 1) // 8) + itemsize  # signs and levels, and the norm
+
+
+@dataclass(frozen=True)
+class ScaledSign(Compressor):
+    """The signs, times the mean magnitude of the row: sign(x) ||x||_1 / d. A contraction.
+
+    Args:
+        sign_of_zero: 0, as CompNGC's code has it, or 1, as ChocoSGD's, whose message is exactly one bit a number.
+    """
+
+    sign_of_zero: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sign_of_zero not in (0, 1) or isinstance(self.sign_of_zero, bool):
+            raise ValueError(f"sign_of_zero must be 0 or 1, got {self.sign_of_zero!r}")
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        signs = values.sign() if self.sign_of_zero == 0 else torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+        return signs * values.abs().mean(dim=1, keepdim=True)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return -(-d // 8) + itemsize  # one bit a number (zeros are rare) and the scale
+
+
+NAMES: tuple[str, ...] = ("none", "qsgd", "random_k", "sign", "top_k")
+
+
+def make(name: str, *, ratio: float = 0.75, bits: int = 7) -> Compressor:
+    """Build the biased (contracting) form of a compressor, which error feedback and CHOCO take.
+
+    Args:
+        name: one of NAMES.
+        ratio: of top_k and random_k. bits: of qsgd.
+
+    Raises:
+        ValueError: if the name is not known or a value is outside its range, used or not.
+    """
+    known = {
+        "none": Identity(),
+        "qsgd": Qsgd(bits),
+        "random_k": RandomK(ratio),
+        "sign": ScaledSign(),
+        "top_k": TopK(ratio),
+    }
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NAMES)}"
+        raise ValueError(f"compressor {name!r} is not known, {hint}")
+    return known[name]
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator that is a function of its key, such as (seed, step, worker).
+
+    Example:
+        >>> int(generator(0, 1).initial_seed() == generator(0, 1).initial_seed())
+        1
+    """
+    source = torch.Generator(device="cpu")
+    source.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    return source
+
+
+def _check_generators(values: Tensor, generators: Sequence[torch.Generator]) -> None:
+    if len(generators) != len(values):
+        raise ValueError(f"generators must be one for each of the {len(values)} rows, got {len(generators)}")

@@ -1,0 +1,136 @@
+"""Compressors: what they promise of every vector, their sizes, hand-made cases and wrong arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qgm_ext import compressors
+from qgm_ext.compressors import Identity, Qsgd, RandomK, ScaledSign, TopK
+
+F64 = torch.float64
+
+
+def rows(d, count=4, seed=0):
+    return torch.tensor(np.random.RandomState(seed).randn(count, d))
+
+
+def generators(count, key=0):
+    return [compressors.generator(key, row) for row in range(count)]
+
+
+def error(compressor, values, key=0):
+    return (compressor(values, generators(len(values), key)) - values).square().sum(1) / values.square().sum(1)
+
+
+@pytest.mark.parametrize("d", [1, 15, 16, 17, 1001])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
+def test_top_k_keeps_the_largest_and_at_least_their_share_of_the_energy(d, ratio):
+    values, compressor = rows(d), TopK(ratio)
+    kept = compressor(values)
+    k = max(1, int(d * (1 - ratio)))
+    assert ((kept != 0).sum(1) == k).all()
+    assert ((kept == 0) | (kept == values)).all()
+    expected = np.sort(values.abs().numpy(), axis=1)[:, ::-1][:, :k]
+    np.testing.assert_array_equal(np.sort(kept.abs().numpy(), axis=1)[:, ::-1][:, :k], expected)
+    assert (kept.square().sum(1) >= k / d * values.square().sum(1) * (1 - 1e-12)).all()
+
+
+def test_top_k_takes_the_first_of_equal_numbers():
+    assert TopK(0.5)(torch.tensor([[1.0, -1.0, 1.0, -1.0]])).tolist() == [[1.0, -1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("d", "ratio", "kept"), [(100, 0.9, 9), (1000, 0.9, 99), (35, 0.8, 6), (1, 0.99, 1)])
+def test_the_number_kept_is_computed_in_floating_point_as_the_authors_do(d, ratio, kept):
+    assert TopK(ratio).kept(d) == RandomK(ratio).kept(d) == kept
+
+
+@pytest.mark.parametrize("compressor", [RandomK(0.75, unbiased=True), Qsgd(2, unbiased=True)], ids=repr)
+def test_unbiased_compressors_have_the_vector_as_their_mean(compressor):
+    values = rows(12, 1)
+    draws = 4000
+    many = compressor(values.expand(draws, 12), generators(draws))
+    deviation = many.std(0) / draws**0.5
+    assert ((many.mean(0) - values[0]).abs() <= 5 * deviation + 1e-12).all()
+    assert many.std(0).max() > 0.1  # it is random
+
+
+@pytest.mark.parametrize(
+    "compressor", [TopK(0.9), RandomK(0.9), Qsgd(1), Qsgd(4), Qsgd(7), ScaledSign(), ScaledSign(1)], ids=repr
+)
+@pytest.mark.parametrize("d", [1, 16, 1001])
+def test_biased_compressors_are_contractions(compressor, d):
+    """E ||Q(x) - x||^2 <= (1 - delta) ||x||^2 with delta > 0; the unbiased forms may be further off than x is from 0."""
+    values = rows(d)
+    mean = torch.stack([error(compressor, values, key) for key in range(30)]).mean(0)
+    assert (mean < 1).all()
+
+
+def test_unbiased_forms_are_no_contractions():
+    assert (error(RandomK(0.9, unbiased=True), rows(1001)) > 1).all()
+    assert (error(Qsgd(1, unbiased=True), rows(1001)) > 1).all()
+
+
+def test_qsgd_rounds_to_the_two_nearest_levels():
+    values = rows(50)
+    got = Qsgd(3, unbiased=True)(values, generators(4))
+    level = got.abs() / values.norm(dim=1, keepdim=True) * 7
+    torch.testing.assert_close(level, level.round(), rtol=0, atol=1e-12)
+    assert ((level - values.abs() / values.norm(dim=1, keepdim=True) * 7).abs() < 1).all()
+    assert (got * values >= 0).all()
+    shrink = 1 + min(50 / 49, 50**0.5 / 7)
+    torch.testing.assert_close(Qsgd(3)(values, generators(4)) * shrink, got, rtol=1e-14, atol=0)
+
+
+def test_scaled_sign_by_hand_and_both_signs_of_zero():
+    values = torch.tensor([[2.0, -4.0, 0.0, 6.0]])
+    assert ScaledSign(0)(values).tolist() == [[3.0, -3.0, 0.0, 3.0]]
+    assert ScaledSign(1)(values).tolist() == [[3.0, -3.0, 3.0, 3.0]]
+
+
+@pytest.mark.parametrize("name", compressors.NAMES)
+def test_zero_stays_zero_and_the_argument_is_left_alone(name):
+    compressor = compressors.make(name)
+    zero, values = torch.zeros(3, 7, dtype=F64), rows(7, 3)
+    assert torch.equal(compressor(zero, generators(3)), zero)
+    before = values.clone()
+    out = compressor(values, generators(3))
+    assert torch.equal(values, before)
+    assert out.data_ptr() != values.data_ptr()
+    assert out.dtype == values.dtype
+
+
+@pytest.mark.parametrize("name", ["qsgd", "random_k"])
+def test_a_rows_message_does_not_depend_on_the_other_rows(name):
+    values, compressor = rows(40), compressors.make(name)
+    sources = generators(4)
+    alone = compressor(values[2:3], [compressors.generator(0, 2)])
+    assert torch.equal(compressor(values, sources)[2:3], alone)
+    assert not torch.equal(compressor(values, generators(4, key=1))[2:3], alone)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "expected"),
+    [(Identity(), 400), (TopK(0.9), 72), (RandomK(0.9), 44), (Qsgd(7), 104), (Qsgd(3), 54), (ScaledSign(), 17)],
+    ids=lambda value: repr(value),
+)
+def test_message_bytes_of_a_hundred_numbers(compressor, expected):
+    assert compressor.message_bytes(100) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TopK(1.0), r"ratio must be in \[0, 1\), got 1.0"),
+        (lambda: RandomK(-0.1), r"ratio must be in \[0, 1\), got -0.1"),
+        (lambda: Qsgd(0), "bits must be an integer from 1 to 16, got 0"),
+        (lambda: ScaledSign(2), "sign_of_zero must be 0 or 1, got 2"),
+        (lambda: compressors.make("topk"), "compressor 'topk' is not known, did you mean 'top_k'?"),
+        (lambda: compressors.make("zip"), "compressor 'zip' is not known, there are none, qsgd"),
+        (lambda: Qsgd(3)(rows(5), generators(1)), "generators must be one for each of the 4 rows, got 1"),
+    ],
+)
+def test_wrong_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

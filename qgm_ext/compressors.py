@@ -21,7 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "Compressor", "Identity", "Qsgd", "RandomK", "ScaledSign", "TopK", "generator", "make"]
+__all__ = [
+    "NAMES",
+    "Compressor",
+    "Identity",
+    "Qsgd",
+    "RandomK",
+    "ScaledSign",
+    "TopK",
+    "check_seed",
+    "generator",
+    "make",
+]
 
 
 class Compressor:
@@ -163,7 +174,8 @@ class Qsgd(Compressor):
         floor = scaled.floor()
         level = floor + (draws.to(values.device) < scaled - floor)
         shrink = 1.0 if self.unbiased else 1.0 / (1.0 + min(d / levels**2, math.sqrt(d) / levels))
-        return values.sign() * level * per_level * shrink
+        packed: Tensor = values.sign() * level * per_level * shrink
+        return packed
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return -(-d * (self.bits + 1) // 8) + itemsize  # signs and levels, and the norm
@@ -233,3 +245,9 @@ def generator(*key: int) -> torch.Generator:
 def _check_generators(values: Tensor, generators: Sequence[torch.Generator]) -> None:
     if len(generators) != len(values):
         raise ValueError(f"generators must be one for each of the {len(values)} rows, got {len(generators)}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless ``seed`` is an integer of at least 0."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")

@@ -21,10 +21,11 @@ from torch.nn.parameter import is_lazy
 
 from qgm_ext import engines, ops
 from qgm_ext.algorithms import Algorithm
+from qgm_ext.cross_gradients import CrossOptimizer, make_optimizer
 from qgm_ext.engines import BufferSnapshot, Closure, Engine, Workers
 from qgm_ext.evaluate import Evaluation, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
-from qgm_ext.stacked import OnNonfinite, StackedOptimizer
+from qgm_ext.stacked import OnNonfinite
 from qgm_ext.topology import Topology
 
 __all__ = ["EngineChoice", "Simulator", "Timings"]
@@ -114,7 +115,7 @@ class Simulator:
         stacked = layout.views(x)
         for parameter, view in zip(trainable.values(), stacked, strict=True):
             view.copy_(parameter.detach())
-        self.opt = StackedOptimizer(x, topology, algorithm, on_nonfinite=on_nonfinite, **hyper)
+        self.opt = make_optimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
 
         shared = {id(p): p for p in self._frozen.values()}
         self.models: tuple[nn.Module, ...] = (base, *(copy.deepcopy(base, dict(shared)) for _ in range(n - 1)))
@@ -358,14 +359,21 @@ class Simulator:
         taken = self.opt.num_steps
         try:
             with self._timer.phase("gradient"):
-                losses = self._engine.gradients(closure, batches, stacked)
+                if isinstance(self.opt, CrossOptimizer):
+                    eta = self.opt.lr if lr is None else lr
+                    losses = self.opt.gradients(self._engine, self.g, closure, batches, stacked, eta)
+                else:
+                    losses = self._engine.gradients(closure, batches, stacked)
                 if self.clip_grad_norm is not None:
                     self._clip(self.clip_grad_norm)
             with self._timer.phase("optimizer"):
                 self.opt.step(self.g, lr)
         finally:
-            if before is not None and self.opt.num_steps == taken:
-                before.restore()
+            if self.opt.num_steps == taken:
+                if before is not None:
+                    before.restore()
+                if isinstance(self.opt, CrossOptimizer):
+                    self.opt.abandon()
         return losses
 
     def _clip(self, max_norm: float) -> None:

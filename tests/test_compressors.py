@@ -61,7 +61,7 @@ def test_unbiased_compressors_have_the_vector_as_their_mean(compressor):
 )
 @pytest.mark.parametrize("d", [1, 16, 1001])
 def test_biased_compressors_are_contractions(compressor, d):
-    """E ||Q(x) - x||^2 <= (1 - delta) ||x||^2 with delta > 0; the unbiased forms may be further off than x is from 0."""
+    """E ||Q(x) - x||^2 <= (1 - delta) ||x||^2 with delta > 0."""
     values = rows(d)
     mean = torch.stack([error(compressor, values, key) for key in range(30)]).mean(0)
     assert (mean < 1).all()

@@ -77,28 +77,26 @@ template <class Out>
 using Reduction = void (*)(const ReduceArguments&, Out*);
 
 template <class Out>
-void reduce(const Reduction<Out> (&kernels)[kDTypes], int dtype, Address x, int64_t rows, int64_t cols,
-            int64_t stride, Address out, int threads) {
+void reduce(const Reduction<Out> (&kernels)[kDTypes], int dtype, Address x, int64_t rows, int64_t cols, int64_t stride,
+            Address out, int threads) {
   const ReduceArguments a{{pointer(x), rows, cols, stride}, threads, g_simd};
   const py::gil_scoped_release release;
   kernels[dtype](a, static_cast<Out*>(pointer(out)));
 }
 
 void py_squared_norms(int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out, int threads) {
-  static const Reduction<double> kernels[] = {squared_norms<float>, squared_norms<double>,
-                                              squared_norms<qgm::bfloat16>, squared_norms<qgm::float16>};
+  static const Reduction<double> kernels[] = {squared_norms<float>, squared_norms<double>, squared_norms<qgm::bfloat16>,
+                                              squared_norms<qgm::float16>};
   reduce(kernels, dtype, x, rows, cols, stride, out, threads);
 }
 
-void py_consensus_distance(int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out,
-                           int threads) {
+void py_consensus_distance(int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out, int threads) {
   static const Reduction<double> kernels[] = {consensus_distance<float>, consensus_distance<double>,
                                               consensus_distance<qgm::bfloat16>, consensus_distance<qgm::float16>};
   reduce(kernels, dtype, x, rows, cols, stride, out, threads);
 }
 
-void py_rows_are_finite(int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out,
-                        int threads) {
+void py_rows_are_finite(int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out, int threads) {
   static const Reduction<uint8_t> kernels[] = {rows_are_finite<float>, rows_are_finite<double>,
                                                rows_are_finite<qgm::bfloat16>, rows_are_finite<qgm::float16>};
   reduce(kernels, dtype, x, rows, cols, stride, out, threads);

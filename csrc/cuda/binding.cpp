@@ -46,10 +46,9 @@ void reduce(void (*kernel)(DType, const ReduceArguments&, Out*), int dtype, Addr
 
 template <auto kKernel>
 void define_reduction(py::module_& m, const char* name) {
-  m.def(name, [](int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out, Address scratch,
-                 int device, Address stream) {
-    reduce(kKernel, dtype, x, rows, cols, stride, out, scratch, device, stream);
-  });
+  m.def(name,
+        [](int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out, Address scratch, int device,
+           Address stream) { reduce(kKernel, dtype, x, rows, cols, stride, out, scratch, device, stream); });
 }
 
 py::dict build_info() {

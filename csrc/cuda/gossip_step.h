@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
   const TileLayout<Rule, T> layout(p.form, rows, p.nnz, width, blockDim.z);
   unsigned char* const shared = dynamic_shared();
   T* const weights = reinterpret_cast<T*>(shared);
-  int32_t* const columns = reinterpret_cast<int32_t*>(shared + layout.columns);
+  int32_t* const columns = reinterpret_cast<int32_t*>(shared + layout.columns);  // bytes into the tile
   int32_t* const offsets = reinterpret_cast<int32_t*>(shared + layout.offsets);
   T* messages = reinterpret_cast<T*>(shared + layout.tiles + threadIdx.z * 2 * layout.buffer);
   T* other = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(messages) + layout.buffer);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
     const int threads = int(blockDim.x * blockDim.y * blockDim.z);
     for (int q = thread; q < p.nnz; q += threads) {
       weights[q] = p.weights[q];
-      columns[q] = p.columns[q] * width;
+      columns[q] = p.columns[q] * width * int(sizeof(T));
     }
     for (int i = thread; i <= rows; i += threads) offsets[i] = p.row_offsets[i];
   }
@@ -155,12 +155,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
         if (p.form == MixingForm::kSparse) {
           const int begin = offsets[i], end = offsets[i + 1];
           for (int k = 0; k < kMessages; ++k) {
-            const T* const of_all = messages + k * plane + lane_offset;
-            mixed[k] = product(weights[begin], load_vector<V>(of_all + columns[begin]));
+            const unsigned char* const of_all = reinterpret_cast<unsigned char*>(messages + k * plane + lane_offset);
+            const auto message = [&](int q) { return load_vector<V>(reinterpret_cast<const T*>(of_all + columns[q])); };
+            mixed[k] = product(weights[begin], message(begin));
 #pragma unroll 2
-            for (int q = begin + 1; q < end; ++q) {
-              add_product(mixed, k, weights[q], load_vector<V>(of_all + columns[q]));
-            }
+            for (int q = begin + 1; q < end; ++q) add_product(mixed, k, weights[q], message(q));
           }
         } else {
           const T* const from = p.form == MixingForm::kMean ? mean : messages + int(i) * width;
@@ -296,7 +295,9 @@ void gossip_all_columns(const Device& device, const GossipParameters<Rule, Stora
   using T = Compute<Storage>;
   const int64_t count = p.last - p.first - p.skipped;
   if (count == 0) return;
-  const auto shared = [&](int64_t width) { return Rule::kMessages * (int64_t(p.rows) + 1) * width * int64_t(sizeof(T)); };
+  const auto shared = [&](int64_t width) {
+    return Rule::kMessages * (int64_t(p.rows) + 1) * width * int64_t(sizeof(T));
+  };
   int lanes = 32;
   // Three blocks a multiprocessor while a row of the tile is a sector or more, then whatever fits.
   while (lanes > 8 && shared(lanes) > device.shared_per_multiprocessor / 3 - device.reserved_shared) lanes /= 2;

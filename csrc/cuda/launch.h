@@ -29,8 +29,8 @@ inline cuda_emulation::Options& emulation_options() {
 template <class Kernel, class... Arguments>
 void launch_blocks(const char*, Kernel kernel, int64_t blocks, dim3 block, int64_t shared, cudaStream_t,
                    const Arguments&... arguments) {
-  cuda_emulation::launch(dim3(unsigned(blocks)), block, size_t(shared), [&] { kernel(arguments...); },
-                         emulation_options());
+  cuda_emulation::launch(
+      dim3(unsigned(blocks)), block, size_t(shared), [&] { kernel(arguments...); }, emulation_options());
 }
 
 template <class Kernel>
@@ -90,7 +90,9 @@ class Device {
 template <class Kernel, class... Arguments>
 void launch_blocks(const char* op, Kernel kernel, int64_t blocks, dim3 block, int64_t shared, cudaStream_t stream,
                    const Arguments&... arguments) {
+  // clang-format off
   kernel<<<unsigned(blocks), block, size_t(shared), stream>>>(arguments...);
+  // clang-format on
   check(op, cudaGetLastError());
 }
 

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) local_flat(const Lo
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
+    merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
     constexpr int V = decltype(width)::value;

@@ -1,6 +1,5 @@
 // Launches the reductions. Apart from the rules, so that rules compile without them.
 #include "reduce.h"
-
 #include "reduce_kernels.h"
 
 namespace qgm::cuda {
@@ -15,10 +14,14 @@ ReduceParameters parameters(const ReduceArguments& a) {
 template <class F>
 void for_storage(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat64: return f(static_cast<double*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<bfloat16*>(nullptr));
-    case DType::kFloat16: return f(static_cast<float16*>(nullptr));
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<bfloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<float16*>(nullptr));
   }
 }
 

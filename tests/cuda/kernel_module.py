@@ -17,11 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import harness
 import pybind11
 import torch
 from torch import Tensor
 
+import harness
 from qgm_ext import ops
 from qgm_ext.mixing import Mixing
 
@@ -173,7 +173,7 @@ class MockModule:
 
     @contextmanager
     def mapped(self, unwritten: Sequence[Tensor] = (), **named: Tensor | list[Tensor]) -> Iterator[None]:
-        """Tensors and lists of tensors as device memory; those of ``unwritten`` must be written before they are read."""
+        """Tensors and lists of tensors as device memory; ``unwritten`` ones must be written before they are read."""
         flat: dict[str, Tensor] = {}
         for name, value in named.items():
             for k, tensor in enumerate(value if isinstance(value, list) else [value]):

@@ -10,8 +10,9 @@ import subprocess
 import zlib
 from pathlib import Path
 
-import harness
 import pytest
+
+import harness
 
 SOURCE = Path(__file__).parent / "sources" / "kernels_emulation.cpp"
 CSRC = Path(__file__).resolve().parents[2] / "csrc"

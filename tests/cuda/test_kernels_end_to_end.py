@@ -9,13 +9,13 @@ behind the marker ``slow``.
 
 from __future__ import annotations
 
-import harness
-import kernel_module
 import pytest
 import torch
+
+import harness
+import kernel_module
 from kernel_module import STREAM, MockModule, Problem, same_bits
 from ptx import OutOfBounds, Race, Uninitialised
-
 from qgm_ext import ops, topology
 
 reason = harness.mock_skip_reason()
@@ -129,7 +129,9 @@ def test_local_step_and_merge_give_the_bits_of_the_cpu(module: MockModule, rule:
         assert same_bits(*results), f"local_step_ {rule} D={d} {dtype}"
 
         terms, mean = [1, 2, 3, 5, 11][k], k % 2 == 1
-        received = [torch.randn(d + 4, generator=generator).to(compute)[k % 3 : k % 3 + d] for _ in range(terms * messages)]
+        received = [
+            torch.randn(d + 4, generator=generator).to(compute)[k % 3 : k % 3 + d] for _ in range(terms * messages)
+        ]
         weights = torch.rand(terms, generator=generator, dtype=torch.float64).tolist()
         results = []
         for step in (ops.merge_, module.merge):

@@ -11,13 +11,13 @@ import re
 import tempfile
 from pathlib import Path
 
+import pytest
+import torch
+
 import harness
 import kernel_module
-import pytest
 import sass
-import torch
 from kernel_module import CSRC, MockModule, Problem
-
 from qgm_ext import ops, topology
 
 sass_reason = sass.sass_skip_reason()
@@ -25,7 +25,7 @@ mock_reason = harness.mock_skip_reason()
 needs_sass = pytest.mark.skipif(bool(sass_reason), reason=sass_reason or "nvdisasm is there")
 needs_mock = pytest.mark.skipif(bool(mock_reason), reason=mock_reason or "nvcc is there")
 
-SOURCES = kernel_module.rule_sources(Path(tempfile.mkdtemp(prefix="qgm_ext-sass-"))) + [CSRC / "cuda" / "reduce.cu"]
+SOURCES = [*kernel_module.rule_sources(Path(tempfile.mkdtemp(prefix="qgm_ext-sass-"))), CSRC / "cuda" / "reduce.cu"]
 # Registers a thread: three blocks of 256 threads a multiprocessor for the tile, four for the others.
 LIMITS = {"gossip_tile": 80, "gossip_columns": 80, "local_flat": 64, "merge_flat": 64}
 

@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
           for (int k = 0; k < kMessages; ++k) {
             const unsigned char* const of_all = reinterpret_cast<unsigned char*>(messages + k * plane + lane_offset);
             const auto message = [&](int q) { return load_vector<V>(reinterpret_cast<const T*>(of_all + columns[q])); };
-            mixed[k] = product(weights[begin], message(begin));
+            mixed[k] = {};  // of a row without entries, which the CPU refuses and a GPU cannot see in time
+            if (begin < end) mixed[k] = product(weights[begin], message(begin));
 #pragma unroll 2
             for (int q = begin + 1; q < end; ++q) add_product(mixed, k, weights[q], message(q));
           }
@@ -225,7 +226,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_columns(const 
           const T* const of_all = messages + k * plane + lane;
           if (p.form == MixingForm::kSparse) {
             const int begin_q = p.row_offsets[i], end_q = p.row_offsets[i + 1];
-            T sum = p.weights[begin_q] * of_all[int64_t(p.columns[begin_q]) * width];
+            T sum = T(0);
+            if (begin_q < end_q) sum = p.weights[begin_q] * of_all[int64_t(p.columns[begin_q]) * width];
 #pragma unroll 2
             for (int q = begin_q + 1; q < end_q; ++q) {
               sum = sum + p.weights[q] * of_all[int64_t(p.columns[q]) * width];

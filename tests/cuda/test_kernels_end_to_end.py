@@ -193,6 +193,17 @@ def test_dense_matrix_too_large_for_shared_memory_is_read_from_device_memory(mod
     assert same_bits(got, expected)
 
 
+@pytest.mark.parametrize("layout", ["padded", "odd rows"])
+def test_row_without_entries_mixes_to_zero_and_reads_nothing_out_of_bounds(module: MockModule, layout: str) -> None:
+    """The CPU refuses such a matrix; a launch cannot look at it."""
+    matrix = topology.Mixing.from_matrix([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    problem = Problem("dsgd", 3, 64, torch.float32, **LAYOUTS[layout](64))
+    x, g, state = problem.views(problem.buffers)
+    module.gossip_step(x, g, state, matrix, "dsgd", problem.hyper)
+    assert torch.equal(x[2], torch.zeros(64))
+    assert torch.equal(x[0], x[1])
+
+
 def test_grid_is_persistent_and_blocks_stride_over_the_tiles(module: MockModule) -> None:
     module.runtime.reset(multiprocessors=2, blocks_per_multiprocessor=1)
     check_gossip(module, "qg_dsgdm_n", 5, 5000, torch.float32, "star", "padded")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,10 +29,11 @@ from qgm_ext.engines import BufferSnapshot, Closure, Engine
 from qgm_ext.evaluate import evaluation_mode
 from qgm_ext.flat import FlatLayout
 from qgm_ext.mixing import Mixing
+from qgm_ext.models.features import Features, Recorder
 from qgm_ext.stacked import OnNonfinite, StackedOptimizer
 from qgm_ext.topology import Topology
 
-__all__ = ["CrossOptimizer", "Features", "Links", "Probes", "make_optimizer"]
+__all__ = ["CrossOptimizer", "Links", "Probes", "make_optimizer"]
 
 _NORM_EPS = 1e-12  # a zero gradient gives no direction to go up in, and then the point stays
 
@@ -71,19 +71,6 @@ class Links:
 
     def __len__(self) -> int:
         return len(self.receivers)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a worker's model made of its batch.
-
-    Args:
-        features: output of the layer that is compared, [B, F], detached.
-        output: what the model returned, if it is one tensor; detached.
-    """
-
-    features: Tensor
-    output: Tensor | None
 
 
 class CrossOptimizer(StackedOptimizer):
@@ -336,8 +323,13 @@ class Probes:
                 model = self._models[worker]
                 with Recorder(model, layer) as recorder:
                     self._closure(model, self.batches[worker])
-                found.append(Features(recorder.features(), recorder.output))
+                found.append(recorder.result())
         return found
+
+    @property
+    def model(self) -> nn.Module:
+        """One of the models, for what they have in common."""
+        return self._models[0]
 
     @property
     def closure(self) -> Closure:
@@ -381,69 +373,24 @@ class Probes:
                 before.restore()
 
 
-class Recorder:
-    """Keeps what a layer and the whole model returned inside the block.
-
-    Args:
-        model: whose forward is to come.
-        layer: name of the submodule.
-    """
-
-    def __init__(self, model: nn.Module, layer: str) -> None:
-        self._model, self._layer = model, layer
-        self._seen: list[Any] = []
-        self.output: Tensor | None = None
-
-    def __enter__(self) -> Recorder:
-        self._handles = [
-            self._model.get_submodule(self._layer).register_forward_hook(self._keep_features),
-            self._model.register_forward_hook(self._keep_output),
-        ]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def features(self) -> Tensor:
-        """What the layer returned, [B, F].
-
-        Raises:
-            ValueError: if it did not run exactly once, or returned something else.
-        """
-        if len(self._seen) != 1 or not isinstance(self._seen[0], Tensor) or self._seen[0].dim() < 2:
-            got = f"{len(self._seen)} results" if len(self._seen) != 1 else _describe(self._seen[0])
-            raise ValueError(
-                f"feature layer {self._layer!r} must return one tensor [B, ...] in a forward pass, got {got}"
-            )
-        return self._seen[0].flatten(1)
-
-    def _keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._seen.append(output)
-
-    def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.output = output if isinstance(output, Tensor) else None
-
-
 def make_optimizer(
     x: Tensor,
     topology: Topology,
     algorithm: str | Algorithm,
     *,
+    model: nn.Module,
     layout: FlatLayout,
     on_nonfinite: OnNonfinite,
     **hyper: Any,
 ) -> StackedOptimizer:
     """The optimizer for n models: a CrossOptimizer if the algorithm needs them, else a StackedOptimizer.
 
-    Args: as of those.
+    Args:
+        model: one of the models. The others are arguments of those classes.
     """
     if isinstance(algorithm, str):
         algorithm, hyper = algorithms.get(algorithm, **hyper), {}
     if isinstance(algorithm, CrossGradientAlgorithm):
+        algorithm.check_model(model)
         return CrossOptimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
     return StackedOptimizer(x, topology, algorithm, on_nonfinite=on_nonfinite, **hyper)
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -115,7 +115,7 @@ class Simulator:
         stacked = layout.views(x)
         for parameter, view in zip(trainable.values(), stacked, strict=True):
             view.copy_(parameter.detach())
-        self.opt = make_optimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
+        self.opt = make_optimizer(x, topology, algorithm, model=base, layout=layout, on_nonfinite=on_nonfinite, **hyper)
 
         shared = {id(p): p for p in self._frozen.values()}
         self.models: tuple[nn.Module, ...] = (base, *(copy.deepcopy(base, dict(shared)) for _ in range(n - 1)))

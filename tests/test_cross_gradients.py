@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,7 @@ def smooth_mlp():
     model = nn.Sequential(
         nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES)
     ).to(F64)
-    model.feature_layer = "4"
-    return model
+    return models.declare_feature_layer(model, "4")
 
 
 def batches(step, n):
@@ -188,6 +188,53 @@ def slow_ngc(a, model, start, topo, steps):
     return found, workers
 
 
+def slow_ccl(a, model, start, topo, steps):
+    n, beta = len(start), a.momentum
+    workers, p = [Worker(model) for _ in range(n)], list(start)
+    m = [torch.zeros_like(start[0]) for _ in range(n)]
+    previous_lr = lr_at(0)
+
+    def mix(t):
+        x = mixed(p, topo.matrix(t), a.gamma)
+        for i in range(n):
+            m[i] = m[i] - (x[i] - p[i]) / previous_lr
+        return x
+
+    def features(module, inputs):
+        return module[:5](inputs)
+
+    for t in range(steps):
+        w, lr, data = topo.matrix(t), lr_at(t), list(zip(*batches(t, n), strict=True))
+        x = mix(t)
+        new_p = []
+        for i in range(n):
+            inputs, y = data[i]
+            module = workers[i].module_at(x[i])
+            z = features(module, inputs)
+            loss = F.cross_entropy(module[5:](z), y)
+            received = []
+            for j in neighbours(w, i):
+                zc = features(workers[i].module_at(p[j], train=False), inputs).detach()
+                loss = loss + a.lambda_m * ((z - zc) ** 2).mean()
+                theirs = features(workers[j].module_at(p[i], train=False), data[j][0]).detach()
+                received.append((theirs, data[j][1]))
+            received.append((z.detach(), y))
+            target = torch.zeros_like(z)
+            for s in range(BATCH):
+                same = [v for values, classes in received for v, c in zip(values, classes, strict=True) if c == y[s]]
+                target[s] = sum(same) / len(same)
+            loss = loss + a.lambda_d * ((z - target) ** 2).mean()
+            g = flat(torch.autograd.grad(loss, list(module.parameters()))) + a.weight_decay * x[i]
+            m[i] = beta * m[i] + g
+            new_p.append(x[i] - lr * (g + beta * m[i] if a.nesterov else m[i]))
+            workers[i].later = dict(module.named_buffers())
+        for worker in workers:  # after all have used the buffers of before
+            worker.model.load_state_dict({**worker.model.state_dict(), **worker.later})
+        p, previous_lr = new_p, lr
+    x = mix(steps)
+    return {"x": x, "sent_params": p, "momentum_buffer": m}, workers
+
+
 # The table ------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +278,16 @@ ROWS: dict[str, Row] = {
         {
             "nesterov": {"rho": 0.1, "alpha": 0.4, "weight_decay": 0.01},
             "quasi-global": {"rho": 0.05, "quasi_global": True, "nesterov": False},
+        },
+    ),
+    "ccl": Row(
+        slow_ccl,
+        {
+            "both-terms": {"nesterov": False, "lambda_m": 0.5, "lambda_d": 0.7, "weight_decay": 0.01, "gamma": 0.6},
+            "nesterov": {"lambda_m": 0.3, "lambda_d": 0.4, "momentum": 0.8},
+            "model-variant": {"lambda_m": 1.0, "lambda_d": 0.0},
+            "data-variant": {"lambda_m": 0.0, "lambda_d": 1.0, "nesterov": False},
+            "plain": {"lambda_m": 0.0, "lambda_d": 0.0, "weight_decay": 0.01},
         },
     ),
     "comp_n_saddle": Row(slow_ngc, {"sign": {"rho": 0.1, "compressor": "sign", "alpha": 0.4, "weight_decay": 0.01}}),
@@ -308,7 +365,7 @@ def test_workers_that_start_apart_mix_before_the_first_gradient(name, case):
     assert_equals_slow_text(sim, ROWS[name], sim.opt.algorithm, start, 3)
 
 
-@pytest.mark.parametrize("name", ["q_saddle", "ngc", "n_saddle"])
+@pytest.mark.parametrize("name", ["q_saddle", "ngc", "n_saddle", "ccl"])
 def test_neighbours_may_change_from_step_to_step(name):
     row, topo = ROWS[name], topology.random_matching(6, seed=2)
     sim = simulator(name, topo, **next(iter(row.cases.values())))
@@ -387,11 +444,6 @@ def test_ngc_with_equal_models_and_data_is_dsgdm(nesterov, alpha):
     torch.testing.assert_close(ngc.opt.x, plain.opt.x, rtol=1e-12, atol=1e-13)
 
 
-def linear():
-    torch.manual_seed(3)
-    return nn.Linear(FEATURES, CLASSES).to(F64)
-
-
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("name", ["ngc", "qg"])
 def test_ngc_alone_is_a_plain_method_in_terms_of_the_mixed_points(name, nesterov):
@@ -402,6 +454,78 @@ def test_ngc_alone_is_a_plain_method_in_terms_of_the_mixed_points(name, nesterov
     other = simulator(plain, topology.ring(1), momentum=0.8, **({"qg_momentum": 0.8} if quasi else {}))
     advance(ngc, 6), advance(other, 6)
     torch.testing.assert_close(ngc.opt.x, other.opt.x, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("topo", [topology.ring(5), topology.torus(9)], ids=lambda t: t.name)
+def test_ccl_with_heavy_ball_and_no_terms_is_quasi_global_momentum_with_mu_zero(topo):
+    ccl = simulator("ccl", topo, nesterov=False, lambda_m=0.0, lambda_d=0.0, weight_decay=0.01, momentum=0.8)
+    plain = simulator("qg_dsgdm", topo, weight_decay=0.01, momentum=0.8, qg_momentum=0.0)
+    advance(ccl, STEPS), advance(plain, STEPS)
+    torch.testing.assert_close(ccl.opt.x, plain.opt.x, rtol=1e-11, atol=1e-12)
+
+
+def test_ccl_with_nesterov_is_not_quasi_global_momentum_with_mu_zero():
+    ccl = simulator("ccl", topology.ring(5), lambda_m=0.0, lambda_d=0.0)
+    plain = simulator("qg_dsgdm_n", topology.ring(5), qg_momentum=0.0)
+    advance(ccl, STEPS), advance(plain, STEPS)
+    assert (ccl.opt.x - plain.opt.x).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_ccl_without_momentum_and_terms_takes_the_gradient_at_the_mixed_point(nesterov):
+    ccl = simulator("ccl", topology.ring(5), lambda_m=0.0, lambda_d=0.0, momentum=0.0, nesterov=nesterov)
+    plain = simulator("dsgd", topology.ring(5))
+    advance(ccl, STEPS), advance(plain, STEPS)
+    torch.testing.assert_close(ccl.opt.x, plain.opt.x, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("factor", [0.97, 1.02])
+def test_ccl_warns_where_its_gossip_diverges(nesterov, factor):
+    """Below and above the limit that the smallest eigenvalue of the social network sets for gamma; no gradients."""
+    limit = algorithms.get("ccl", lr=0.1, nesterov=nesterov).stable_above
+    gamma = factor * (1 - limit) / (1 - topology.social().lambda_n)
+    hyper = {"lambda_m": 0.0, "lambda_d": 0.0, "nesterov": nesterov, "gamma": gamma}
+    model = nn.Sequential(nn.Linear(1, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sim = simulator("ccl", topology.social(), model=model.to(F64), **hyper)
+    assert ["diverges on topology 'social'" in str(warning.message) for warning in caught] == [True] * (factor > 1)
+    with torch.no_grad():
+        for k, worker in enumerate(sim.models):
+            worker[0].weight += (-1.0) ** k
+    for _ in range(150):
+        sim.step_closure(lambda model, batch: 0.0 * model[0].weight.sum(), [None] * 32)
+    before = sim.consensus_distance()
+    for _ in range(50):
+        sim.step_closure(lambda model, batch: 0.0 * model[0].weight.sum(), [None] * 32)
+    assert (sim.consensus_distance() > before) == (factor > 1)
+
+
+def test_ccl_pulls_features_together():
+    def spread(**hyper):
+        sim = simulator("ccl", topology.ring(8), model=plain_mlp(), momentum=0.5, gamma=0.2, **hyper)
+        for t in range(40):
+            sim.step(F.cross_entropy, batches(t, 8), lr=0.1)
+        x = batches(0, 8)[0].flatten(0, 1)
+        return torch.stack([model[:-1](x).detach() for model in sim.models]).std(0).mean()
+
+    assert spread(lambda_m=1.0, lambda_d=0.0) < 0.8 * spread(lambda_m=0.0, lambda_d=0.0)
+
+
+def test_ccl_takes_workers_without_neighbours_and_batches_of_different_sizes():
+    topo = topology.random_matching(5, seed=1)
+    sims = [simulator("ccl", topo, engine, plain_mlp()) for engine in ("loop", "threads")]
+    sims.append(simulator("ccl", topo, "vmap", plain_mlp()))
+    for t in range(3):
+        pairs = [(x[: 2 + i], y[: 2 + i]) for i, (x, y) in enumerate(zip(*batches(t, 5), strict=True))]
+        for sim in sims[:2]:
+            sim.step(F.cross_entropy, pairs)
+        sims[2].step(F.cross_entropy, batches(t, 5))
+    torch.testing.assert_close(sims[0].opt.x, sims[1].opt.x, rtol=1e-9, atol=1e-11)
+    alone = simulator("ccl", topology.ring(1), lambda_m=0.5)
+    advance(alone, 3)
+    assert_equals_slow_text(alone, ROWS["ccl"], alone.opt.algorithm, [flat(smooth_mlp().parameters())], 3)
 
 
 def test_climbing_a_hill_of_known_slope():
@@ -444,6 +568,8 @@ def test_error_feedback_loses_nothing():
         ("ngc", {"alpha": 0.0}, lambda d, tensors: 8 * d),
         ("comp_ngc", {}, lambda d, tensors: 8 * d + sum(-(-t // 8) + 8 for t in tensors)),
         ("n_saddle", {}, lambda d, tensors: 2 * 8 * d),
+        ("ccl", {}, lambda d, tensors: 8 * d + 8 * 3 * (4 + 1)),
+        ("ccl", {"lambda_d": 0.0}, lambda d, tensors: 8 * d),
         ("comp_n_saddle", {}, lambda d, tensors: 8 * d + sum(t + 8 for t in tensors)),
     ],
 )
@@ -600,6 +726,8 @@ def test_stacked_optimizer_names_the_simulator(name):
         ("ngc", {"gamma": 0.0}, ValueError, r"gamma must be in \(0, 1\], got 0"),
         ("ngc", {"gamma": 1.1}, ValueError, r"gamma must be in \[0, 1\], got 1.1"),
         ("ngc", {"quasi_global": "yes"}, TypeError, "quasi_global must be a bool, got 'yes'"),
+        ("ccl", {"lambda_m": -1.0}, ValueError, "lambda_m must be a finite number of at least 0, got -1.0"),
+        ("ccl", {"lambda_d": None}, ValueError, "lambda_d must be a finite number of at least 0, got None"),
         ("comp_ngc", {"compressor": "signs"}, ValueError, "compressor 'signs' is not known, did you mean 'sign'?"),
         ("comp_ngc", {"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),
         ("comp_q_saddle", {"bits": 0}, ValueError, "bits must be an integer from 1 to 16, got 0"),
@@ -613,11 +741,32 @@ def test_wrong_hyper_parameters_are_named(name, hyper, error, message):
 
 
 def test_topologies_that_do_not_fit_are_refused():
-    for name in ("ngc", "comp_ngc", "n_saddle"):
+    for name in ("ngc", "comp_ngc", "n_saddle", "ccl"):
         with pytest.raises(ValueError, match=f"{name} sends answers back.*'exponential' has one-way links"):
             simulator(name, topology.exponential(8))
     with pytest.raises(ValueError, match="comp_ngc keeps an error memory for each neighbour.*time-varying"):
         simulator("comp_ngc", topology.random_matching(4))
+
+
+def test_ccl_says_what_it_needs_of_models_and_batches():
+    with pytest.raises(ValueError, match="Sequential does not say which layer's output are its features"):
+        simulator("ccl", topology.ring(3), model=nn.Sequential(nn.Linear(FEATURES, CLASSES)).to(F64))
+    x, y = batches(0, 3)
+    sim = simulator("ccl", topology.ring(3))
+    before = everything(sim)
+    y[1, 0] = -100
+    with pytest.raises(ValueError, match=r"classes must be in \[0, 3\), the batch of worker 1 has -100 to"):
+        sim.step(F.cross_entropy, (x, y))
+    with pytest.raises(ValueError, match=r"needs batches \(inputs, classes \[B\] of integers\), that of worker 0"):
+        sim.step_closure(lambda model, batch: model(batch["x"]).square().mean(), [{"x": part} for part in x])
+    model = models.declare_feature_layer(nn.Sequential(smooth_mlp(), nn.Unflatten(1, (3, 1))), "0.4")
+    deep = simulator("ccl", topology.ring(3), model=model)
+    with pytest.raises(ValueError, match=r"needs a model that returns class scores \[B, C\], got \[6, 3, 1\]"):
+        deep.step(lambda z, y: z.square().mean(), (x, y))
+    assert all(torch.equal(a, b) for a, b in zip(everything(sim), before, strict=True))
+    sim = simulator("ccl", topology.ring(3), lambda_d=0.0)
+    sim.step_closure(lambda model, batch: model(batch["x"]).square().mean(), [{"x": part} for part in x])
+    assert sim.num_steps == 1
 
 
 # Learning -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qgm_ext.algorithms.base import Algorithm, check_number
 
@@ -51,6 +51,9 @@ class CrossGradientAlgorithm(Algorithm):
 
     def check_network(self, topology: Topology) -> None:
         """Raise ValueError for a topology that this algorithm can't work on; called before the first step."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError for a model that this algorithm can't train; called before the first step."""
 
     def needs_both_directions(self, topology: Topology) -> None:
         """Refuse links that go one way: an answer to what came over a link goes back over it."""

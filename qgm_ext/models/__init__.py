@@ -1,7 +1,8 @@
 """Models small enough to train sixteen of them on a laptop, as plain ``nn.Sequential``.
 
 They hold no buffers and change nothing in place, so ``torch.func.functional_call`` and ``vmap`` work on them. Larger
-ones come from torchvision or transformers: the simulator takes any module.
+ones come from torchvision or transformers: the simulator takes any module. Each says which layer's output are its
+features, the input of the classifier.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from .cnn import cnn
+from .features import declare_feature_layer, feature_layer
 from .mlp import mlp
 
-__all__ = ["cnn", "get", "mlp", "names"]
+__all__ = ["cnn", "declare_feature_layer", "feature_layer", "get", "mlp", "names"]
 
 _MODELS: dict[str, Callable[..., nn.Sequential]] = {"mlp": mlp, "cnn": cnn}
 

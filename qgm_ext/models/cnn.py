@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ._checks import check_sizes
+from .features import declare_feature_layer
 
 
 def cnn(
@@ -48,4 +49,4 @@ def cnn(
         layers += [nn.Conv2d(previous, out, 3, padding=1), nn.GroupNorm(groups, out), nn.ReLU(), nn.MaxPool2d(2)]
         previous, height, width = out, height // 2, width // 2
     layers += [nn.Flatten(), nn.Linear(previous * height * width, num_classes)]
-    return nn.Sequential(*layers)
+    return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))

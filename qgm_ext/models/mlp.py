@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ._checks import check_sizes
+from .features import declare_feature_layer
 
 
 def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (128, 64)) -> nn.Sequential:
@@ -31,4 +32,4 @@ def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (1
     for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     layers.append(nn.Linear(widths[-1], num_classes))
-    return nn.Sequential(*layers)
+    return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))

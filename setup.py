@@ -60,7 +60,7 @@ def headers() -> list[str]:
 def cpu_extension() -> Pybind11Extension:
     return Pybind11Extension(
         "qgm_ext._cpu",
-        ["csrc/cpu/binding.cpp", *instantiate_rules("cpu", ".cpp")],
+        ["csrc/cpu/binding.cpp", "csrc/cpu/relay.cpp", *instantiate_rules("cpu", ".cpp")],
         include_dirs=["csrc"],
         depends=headers(),
         cxx_std=17,

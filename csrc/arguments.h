@@ -23,6 +23,7 @@ struct GossipStepArguments {
   int64_t x_stride, g_stride, state_stride;  // elements from one row to the next
   Mixing mixing;
   const double* hyper;
+  const void* row_scalars;  // [rows, kRowScalars], compute type; null if the rule has none
 };
 
 struct LocalStepArguments {
@@ -32,6 +33,7 @@ struct LocalStepArguments {
   void* message[kMaxMessages];  // each [size], compute type: written
   int64_t size;
   const double* hyper;
+  const void* row_scalars;  // [kRowScalars], compute type; null if the rule has none
 };
 
 struct MergeArguments {
@@ -46,6 +48,7 @@ struct MergeArguments {
   bool mean;  // the complete graph: sum, then one product with 1 / terms
   int64_t size;
   const double* hyper;
+  const void* row_scalars;  // [kRowScalars], compute type; null if the rule has none
 };
 
 struct ReduceArguments {

@@ -29,6 +29,16 @@ void expect(const Entry& rule, const char* what, Count expected, size_t got) {
   }
 }
 
+// A backend whose entries don't count row scalars has no rule that takes them.
+template <class Entry>
+auto row_scalars_of(const Entry& rule, int) -> decltype(rule.row_scalars) {
+  return rule.row_scalars;
+}
+template <class Entry>
+int row_scalars_of(const Entry&, ...) {
+  return 0;
+}
+
 template <class Backend, class... Where>
 struct Binding {
   static const auto& entry(int rule) { return Backend::registry().at(size_t(rule)); }
@@ -42,7 +52,7 @@ struct Binding {
   static void gossip_step(int rule, int dtype, Address x, Address g, const std::vector<Address>& state, int64_t rows,
                           int64_t cols, int64_t x_stride, int64_t g_stride, int64_t state_stride, int form,
                           Address row_offsets, Address columns, Address weights, int64_t nnz,
-                          const std::vector<double>& hyper, Where... where) {
+                          const std::vector<double>& hyper, Address row_scalars, Where... where) {
     const auto& r = entry(rule);
     typename Backend::GossipStep a{};
     a.x = pointer(x);
@@ -58,6 +68,7 @@ struct Binding {
                 static_cast<const int32_t*>(pointer(columns)), pointer(weights), nnz};
     Backend::check_mixing(a.mixing, rows);
     a.hyper = hyper.data();
+    a.row_scalars = pointer(row_scalars);
     Backend::place(a, where...);
     const pybind11::gil_scoped_release release;
     r.gossip_step[dtype](a);
@@ -65,7 +76,7 @@ struct Binding {
 
   static void local_step(int rule, int dtype, Address x, Address g, const std::vector<Address>& state,
                          const std::vector<Address>& message, int64_t size, const std::vector<double>& hyper,
-                         Where... where) {
+                         Address row_scalars, Where... where) {
     const auto& r = entry(rule);
     typename Backend::LocalStep a{};
     a.x = pointer(x);
@@ -76,6 +87,7 @@ struct Binding {
     for (size_t k = 0; k < message.size(); ++k) a.message[k] = pointer(message[k]);
     a.size = size;
     a.hyper = hyper.data();
+    a.row_scalars = pointer(row_scalars);
     Backend::place(a, where...);
     const pybind11::gil_scoped_release release;
     r.local_step[dtype](a);
@@ -83,7 +95,7 @@ struct Binding {
 
   static void merge(int rule, int dtype, Address x, Address g, const std::vector<Address>& state,
                     const std::vector<Address>& received, const std::vector<double>& weights, bool mean, int64_t size,
-                    const std::vector<double>& hyper, Where... where) {
+                    const std::vector<double>& hyper, Address row_scalars, Where... where) {
     const auto& r = entry(rule);
     typename Backend::Merge a{};
     a.x = pointer(x);
@@ -99,6 +111,7 @@ struct Binding {
     a.mean = mean;
     a.size = size;
     a.hyper = hyper.data();
+    a.row_scalars = pointer(row_scalars);
     Backend::place(a, where...);
     const pybind11::gil_scoped_release release;
     r.merge[dtype](a);
@@ -112,6 +125,7 @@ struct Binding {
       d["hyper"] = r.hyper;
       d["states"] = r.states;
       d["messages"] = r.messages;
+      d["row_scalars"] = row_scalars_of(r, 0);
       d["merge_reads_x"] = r.merge_reads_x;
       d["merge_reads_grad"] = r.merge_reads_grad;
       out.append(d);

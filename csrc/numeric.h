@@ -110,6 +110,28 @@ QGM_HD float16 narrow<float16>(float value) {
   return {uint16_t(result | sign)};
 }
 
+// Correctly rounded on every device, as IEEE 754 asks (nvcc: -prec-sqrt=true).
+QGM_HD float square_root(float value) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(value);
+#else
+  return __builtin_sqrtf(value);
+#endif
+}
+
+QGM_HD double square_root(double value) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(value);
+#else
+  return __builtin_sqrt(value);
+#endif
+}
+
+template <class T>
+QGM_HD T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
 // N values of one coordinate; unlike a plain array, N may be 0.
 template <class T, int N>
 struct Values {

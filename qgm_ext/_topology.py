@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qgm_ext import graphs
+from qgm_ext.graphs import Edges
 from qgm_ext.mixing import Mixing
+from qgm_ext.trees import Tree, Trees
 
 _SYMMETRY_TOLERANCE = 1e-12
 # A product of mixing matrices this close to the mean is exact averaging (one-peer exponential graph, n a power of 2).
@@ -148,9 +150,23 @@ class Topology(ABC):
         return all(part.is_symmetric for part in self._sample())
 
     @cached_property
+    def is_doubly_stochastic(self) -> bool:
+        """Whether rows sum to one at every step, to 1e-9 (columns always do); if not, only push-sum works on it."""
+        sums = [part.mixing().row_sums() for part in self._sample()]
+        return all(bool(np.all(np.abs(row_sums - 1.0) <= 1e-9)) for row_sums in sums)
+
+    @cached_property
     def is_connected(self) -> bool:
         """Whether every worker's message reaches every other in the end; over a period for time-varying ones."""
         return not unreached(self._sample())
+
+    def trees(self) -> Trees:
+        """Return the trees over which RelaySum sends: the graph itself, or those that the topology was made of.
+
+        Raises:
+            ValueError: if the topology is time-varying, directed or has a cycle.
+        """
+        raise ValueError(f"RelaySum needs a static tree, but topology {self.name!r} is time-varying")
 
     @property
     def eigenvalues(self) -> NDArray[np.float64]:
@@ -291,9 +307,32 @@ class Topology(ABC):
 class StaticTopology(Topology):
     """The same mixing matrix at every step."""
 
-    def __init__(self, name: str, mixing: Mixing, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, mixing: Mixing, arguments: Mapping[str, Any], trees: tuple[Edges, ...] | None = None
+    ) -> None:
         super().__init__(name, mixing.num_workers, arguments, period=1)
         object.__setattr__(self, "_mixing", mixing)
+        object.__setattr__(self, "_tree_edges", trees)
+
+    @cached_property
+    def _trees(self) -> Trees:
+        given: tuple[Edges, ...] | None = self.__dict__["_tree_edges"]
+        n = self.num_workers
+        if given is None:
+            to, frm = edges = graphs.off_diagonal_edges(self.mixing())
+            two_way = set(zip(to.tolist(), frm.tolist(), strict=True)) == set(
+                zip(frm.tolist(), to.tolist(), strict=True)
+            )
+            if not two_way or to.size != 2 * (n - 1) or graphs.unreached(n, edges):
+                raise ValueError(
+                    f"RelaySum needs a tree, but topology {self.name!r} has {to.size} directed links between {n} "
+                    f"workers where a tree has {2 * (n - 1)}; topology.spanning_tree(topology) makes one of it"
+                )
+            given = (edges,)
+        return Trees(tuple(Tree(n, edges) for edges in given))
+
+    def trees(self) -> Trees:
+        return self._trees
 
     def at(self, step: SupportsIndex = 0) -> Topology:
         _step(step)
@@ -343,7 +382,7 @@ class StaticTopology(Topology):
         return [self]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (StaticTopology, (self.name, self.mixing(), dict(self.arguments)))
+        return (StaticTopology, (self.name, self.mixing(), dict(self.arguments), self.__dict__["_tree_edges"]))
 
 
 class CyclicTopology(Topology):

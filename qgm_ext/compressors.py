@@ -1,9 +1,9 @@
 """Compressors of messages: what a worker sends instead of a vector, and how many bytes that is.
 
-Holds five compressors with one interface: top-k, random-k, QSGD, scaled sign and none. They map a vector to the vector
-that the receiver unpacks; nothing is packed here. Error feedback, and which vector is compressed, is the business of
-the algorithms that use them. The definitions are those of the authors' codes (epfml/ChocoSGD, copied in
-aparna-aketi/neighborhood_gradient_clustering), which apply them to each parameter tensor by itself.
+Holds seven compressors with one interface: top-k, random-k, QSGD, scaled sign, bfloat16, int8 and none. They map a
+vector to the vector that the receiver unpacks; nothing is packed here. Error feedback, and which vector is compressed,
+is the business of the algorithms that use them. The definitions are those of the authors' codes (epfml/ChocoSGD, copied
+in aparna-aketi/neighborhood_gradient_clustering), which apply them to each parameter tensor by itself.
 
 Random numbers come from the caller's generators, one for each row, so that a row's message depends on nothing else:
 not on the other rows, the device or what was drawn before (:func:`generator`).
@@ -23,8 +23,10 @@ from torch import Tensor
 
 __all__ = [
     "NAMES",
+    "BFloat16",
     "Compressor",
     "Identity",
+    "Int8",
     "Qsgd",
     "RandomK",
     "ScaledSign",
@@ -203,7 +205,37 @@ class ScaledSign(Compressor):
         return -(-d // 8) + itemsize  # one bit a number (zeros are rare) and the scale
 
 
-NAMES: tuple[str, ...] = ("none", "qsgd", "random_k", "sign", "top_k")
+@dataclass(frozen=True)
+class BFloat16(Compressor):
+    """Rounds each number to bfloat16."""
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        return values.to(torch.bfloat16).to(values.dtype)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return 2 * d
+
+
+@dataclass(frozen=True)
+class Int8(Compressor):
+    """Rounds each number to one of 255 levels between -max|x| and max|x| of the row.
+
+    Example:
+        >>> Int8()(torch.tensor([[127.0, 63.6, -0.4]])).tolist()
+        [[127.0, 64.0, -0.0]]
+    """
+
+    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        scale = values.abs().amax(dim=1, keepdim=True) / 127
+        levels = torch.where(scale > 0, torch.round(values / scale), 0.0)
+        packed: Tensor = levels * scale
+        return packed
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> int:
+        return d + itemsize  # a byte a number and the scale
+
+
+NAMES: tuple[str, ...] = ("bfloat16", "int8", "none", "qsgd", "random_k", "sign", "top_k")
 
 
 def make(name: str, *, ratio: float = 0.75, bits: int = 7) -> Compressor:
@@ -217,6 +249,8 @@ def make(name: str, *, ratio: float = 0.75, bits: int = 7) -> Compressor:
         ValueError: if the name is not known or a value is outside its range, used or not.
     """
     known = {
+        "bfloat16": BFloat16(),
+        "int8": Int8(),
         "none": Identity(),
         "qsgd": Qsgd(bits),
         "random_k": RandomK(ratio),

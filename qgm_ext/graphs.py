@@ -61,6 +61,25 @@ def torus(n: int) -> Edges:
     return undirected(n, np.concatenate([worker, worker], axis=None), np.concatenate([right, down], axis=None))
 
 
+def binary_tree(n: int) -> Edges:
+    """Return the binary tree of RelaySum's code: worker 0 hangs on worker 1, worker w >= 2 on w // 2."""
+    child = np.arange(1, n)
+    return undirected(n, child, child // 2)
+
+
+def breadth_first_tree(n: int, graph: Edges) -> Edges:
+    """Return the tree in which each worker hangs on the first of its neighbours that a search from worker 0 reached."""
+    to, frm = graph
+    parent = np.full(n, -1)
+    parent[0], queue = 0, [0]
+    for worker in queue:
+        for neighbour in to[frm == worker].tolist():
+            if parent[neighbour] < 0:
+                parent[neighbour] = worker
+                queue.append(neighbour)
+    return undirected(n, np.arange(1, n), parent[1:])
+
+
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +104,13 @@ def uniform(n: int, graph: Edges) -> Mixing:
     to, _ = graph
     share = 1.0 / (1.0 + np.bincount(to, minlength=n))
     return assemble(n, graph, share[to], share)
+
+
+def column_uniform(n: int, graph: Edges) -> Mixing:
+    """Return p_ij = 1 / (1 + o_j), o_j receivers of j, for each of them and for j: columns sum to one, rows may not."""
+    _, frm = graph
+    share = 1.0 / (1.0 + np.bincount(frm, minlength=n))
+    return assemble(n, graph, share[frm], share)
 
 
 def assemble(n: int, graph: Edges, off_diagonal: ArrayLike, diagonal: ArrayLike) -> Mixing:

@@ -55,6 +55,7 @@ class Mixing:
     _tensors: dict[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
+    _relaxed: dict[float, Mixing] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.form not in ("identity", "mean", "sparse", "dense"):
@@ -194,6 +195,36 @@ class Mixing:
                 torch.tensor(self.weights, device=place, dtype=dtype),
             )
         return self._tensors[key]
+
+    def relaxed(self, gamma: float) -> Mixing:
+        """Return (1 - gamma) I + gamma W, the same object on every call with one gamma; gamma 1 is W itself."""
+        if gamma == 1.0:
+            return self
+        if gamma not in self._relaxed:
+            matrix = gamma * self.to_matrix()
+            matrix[np.diag_indices(self.num_workers)] += 1.0 - gamma
+            self._relaxed[gamma] = Mixing.from_matrix(matrix)
+        return self._relaxed[gamma]
+
+    def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return W times one number of each worker, [n]; neighbours in ascending order, on every machine alike."""
+        out = np.empty(self.num_workers)
+        for i in range(self.num_workers):
+            columns, weights = self.row(i)
+            total = 0.0
+            for j, weight in zip(columns.tolist(), weights.tolist(), strict=True):
+                total += weight * float(values[j])
+            out[i] = total
+        return out
+
+    def row_sums(self) -> NDArray[np.float64]:
+        """Return the sum of each row, [n]."""
+        return np.bincount(self.rows(), weights=self.weights, minlength=self.num_workers).astype(np.float64)
+
+    @property
+    def num_links(self) -> int:
+        """How many messages one round of gossip takes: entries off the diagonal."""
+        return int(np.count_nonzero(self.rows() != self.columns))
 
     def content(self) -> tuple[bytes, ...]:
         """Return what two equal matrices have in common: offsets, columns and weights as bytes."""

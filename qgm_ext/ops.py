@@ -1,9 +1,10 @@
 """The op surface: schemas, argument checks and dispatch to the native kernels. Nothing else names those modules.
 
-Six ops, registered with torch.library as ``torch.ops.qgm_ext.*``; the first three change tensors in place and return
+Seven ops, registered with torch.library as ``torch.ops.qgm_ext.*``; the first four change tensors in place and return
 nothing:
 
 - ``gossip_step_``: the fused step of n stacked workers: local step, gossip averaging and merge in one pass;
+- ``relay_step_``: the same with messages relayed over trees, RelaySum (CPU only);
 - ``local_step_``, ``merge_``: the same step of one worker in two halves, around communication;
 - ``squared_norms``, ``consensus_distance``, ``rows_are_finite``: reductions with a fixed order of summation.
 
@@ -33,6 +34,7 @@ __all__ = [
     "has_native",
     "local_step_",
     "merge_",
+    "relay_step_",
     "rows_are_finite",
     "rules",
     "squared_norms",
@@ -51,6 +53,7 @@ class Rule(NamedTuple):
     hyper: int
     states: int
     messages: int
+    row_scalars: int
     merge_reads_x: bool
     merge_reads_grad: bool
 
@@ -169,6 +172,21 @@ def _check_counts(op: str, rule: Rule, state: Sequence[Tensor], hyper: Sequence[
         raise ValueError(f"{op}: rule {rule.name!r} takes {rule.hyper} hyper-parameters, got {len(hyper)}")
 
 
+def _row_scalars(op: str, rule: Rule, row_scalars: Tensor | None, x: Tensor) -> int:
+    """The address of a rule's numbers for each worker, or 0 for a rule that has none."""
+    if row_scalars is None:
+        if rule.row_scalars:
+            raise ValueError(f"{op}: rule {rule.name!r} takes {rule.row_scalars} row_scalars a worker, got none")
+        return 0
+    if not rule.row_scalars:
+        raise ValueError(f"{op}: rule {rule.name!r} takes no row_scalars, got {_describe(row_scalars)}")
+    shape = torch.Size((*x.shape[:-1], rule.row_scalars))
+    _check_like(op, "row_scalars", row_scalars, shape, compute_dtype(x.dtype), x.device)
+    if not row_scalars.is_contiguous():
+        raise ValueError(f"{op}: row_scalars must be contiguous, got strides {row_scalars.stride()}")
+    return row_scalars.data_ptr()
+
+
 def _launch(device: torch.device) -> tuple[int, ...]:
     """What a native call needs besides its data: the thread count, or the device and its current stream."""
     if device.type == "cpu":
@@ -186,6 +204,7 @@ def _gossip_step(
     form: str,
     rule: str,
     hyper: list[float],
+    row_scalars: Tensor | None = None,
 ) -> None:
     op, device = "gossip_step_", x.device
     _check_x(op, x, 2)
@@ -223,12 +242,78 @@ def _gossip_step(
         weights.data_ptr(),
         columns.numel(),
         hyper,
+        _row_scalars(op, known, row_scalars, x),
+        *_launch(device),
+    )
+
+
+def _relay_step(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: Tensor,
+    offsets: Tensor,
+    senders: Tensor,
+    reverse: Tensor,
+    counts: Tensor,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    op, device = "relay_step_", x.device
+    _check_x(op, x, 2)
+    native = _native(device.type)
+    if not hasattr(native, "relay_step"):
+        raise ValueError(f"{op}: the kernels of {device.type} can't relay yet; put x on the CPU")
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    compute, (n, dim), trees = compute_dtype(x.dtype), x.shape, offsets.shape[0]
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    for k, vector in enumerate(state):
+        _check_like(op, f"state[{k}]", vector, x.shape, compute, device)
+        if vector.stride(0) != state[0].stride(0):
+            raise ValueError(f"{op}: all state vectors must have one row stride, state[{k}] has another")
+    edges = 2 * (n - 1)
+    _check_like(op, "messages", messages, torch.Size((edges, dim)), compute, device)
+    _check_like(op, "offsets", offsets, torch.Size((trees, n + 1)), torch.int32, device)
+    _check_like(op, "senders", senders, torch.Size((trees, edges)), torch.int32, device)
+    _check_like(op, "reverse", reverse, torch.Size((trees, edges)), torch.int32, device)
+    _check_like(op, "counts", counts, torch.Size((trees, n)), compute, device)
+    for name, tensor in (("offsets", offsets), ("senders", senders), ("reverse", reverse), ("counts", counts)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
+    kept = [("messages", messages)] if edges else []
+    _check_disjoint(op, [("x", x), *kept, *((f"state[{k}]", v) for k, v in enumerate(state))], [("g", g)])
+    native.relay_step(
+        rule,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        n,
+        dim,
+        x.stride(0),
+        g.stride(0),
+        state[0].stride(0) if state else 0,
+        trees,
+        offsets.data_ptr(),
+        senders.data_ptr(),
+        reverse.data_ptr(),
+        messages.data_ptr(),
+        messages.stride(0),
+        counts.data_ptr(),
+        hyper,
         *_launch(device),
     )
 
 
 def _local_step(
-    x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: list[Tensor],
+    rule: str,
+    hyper: list[float],
+    row_scalars: Tensor | None = None,
 ) -> None:
     op, device = "local_step_", x.device
     _check_x(op, x, 1)
@@ -254,6 +339,7 @@ def _local_step(
         [message.data_ptr() for message in messages],
         x.numel(),
         hyper,
+        _row_scalars(op, known, row_scalars, x),
         *_launch(device),
     )
 
@@ -267,6 +353,7 @@ def _merge(
     mean: bool,
     rule: str,
     hyper: list[float],
+    row_scalars: Tensor | None = None,
 ) -> None:
     op, device = "merge_", x.device
     _check_x(op, x, 1)
@@ -295,6 +382,7 @@ def _merge(
         mean,
         x.numel(),
         hyper,
+        _row_scalars(op, known, row_scalars, x),
         *_launch(device),
     )
 
@@ -329,16 +417,22 @@ _library = torch.library.Library("qgm_ext", "DEF")  # type: ignore[no-untyped-ca
 _SCHEMAS: dict[str, tuple[str, Any]] = {
     "gossip_step_": (
         "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor row_offsets, Tensor columns, Tensor weights, "
-        "str form, str rule, float[] hyper) -> ()",
+        "str form, str rule, float[] hyper, Tensor? row_scalars=None) -> ()",
         _gossip_step,
     ),
+    "relay_step_": (
+        "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor(c!) messages, Tensor offsets, Tensor senders, "
+        "Tensor reverse, Tensor counts, str rule, float[] hyper) -> ()",
+        _relay_step,
+    ),
     "local_step_": (
-        "(Tensor x, Tensor g, Tensor(a!)[] state, Tensor(b!)[] messages, str rule, float[] hyper) -> ()",
+        "(Tensor x, Tensor g, Tensor(a!)[] state, Tensor(b!)[] messages, str rule, float[] hyper, "
+        "Tensor? row_scalars=None) -> ()",
         _local_step,
     ),
     "merge_": (
         "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor[] received, float[] weights, bool mean, str rule, "
-        "float[] hyper) -> ()",
+        "float[] hyper, Tensor? row_scalars=None) -> ()",
         _merge,
     ),
     "squared_norms": ("(Tensor x) -> Tensor", _squared_norms),
@@ -350,7 +444,7 @@ for _name, (_schema, _kernel) in _SCHEMAS.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
 
-for _name in ("gossip_step_", "local_step_", "merge_"):
+for _name in ("gossip_step_", "relay_step_", "local_step_", "merge_"):
     torch.library.register_fake(f"qgm_ext::{_name}", lambda *args: None, lib=_library)
 torch.library.register_fake(
     "qgm_ext::squared_norms", lambda x: x.new_empty(x.shape[:1], dtype=torch.float64), lib=_library
@@ -369,6 +463,7 @@ def gossip_step_(
     form: str,
     rule: str,
     hyper: list[float],
+    row_scalars: Tensor | None = None,
 ) -> None:
     """One fused step of n workers: local step, x_new_i = sum_j w_ij message_j, merge. Each number is read once.
 
@@ -381,16 +476,55 @@ def gossip_step_(
         form: "identity", "mean" (complete graph), "sparse" or "dense".
         rule: which algorithm, a name from :func:`rules`.
         hyper: the rule's hyper-parameters in the order of its header.
+        row_scalars: the rule's numbers for each worker, [n, k] contiguous in the state's dtype, if it has any.
 
     Raises:
         TypeError, ValueError: if a tensor has another shape, dtype, device or layout, tensors overlap, or rule, form
             or the numbers of states and hyper-parameters don't fit; nothing has been changed then.
     """
-    torch.ops.qgm_ext.gossip_step_.default(x, g, state, *mixing, form, rule, hyper)
+    torch.ops.qgm_ext.gossip_step_.default(x, g, state, *mixing, form, rule, hyper, row_scalars)
+
+
+def relay_step_(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: Tensor,
+    trees: tuple[Tensor, ...],
+    counts: Tensor,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    """One fused step of n workers in which messages are relayed over K trees (RelaySum) instead of averaged.
+
+    With h_i the message of the rule and, for every edge s -> i, m_si <- h_s + sum of the last m_ls over the neighbours
+    l of s but i: the rule merges (count_i h_i + sum_s m_si) / n. Coordinate c belongs to tree c mod K.
+
+    Args:
+        x: parameters, [n, D]. Changed in place.
+        g: gradients at x, like x.
+        state: the rule's state vectors, each [n, D]. Changed in place.
+        messages: the messages of the last step, [2 (n - 1), D] in the state's dtype. Changed in place.
+        trees: (offsets [K, n + 1], senders [K, 2 (n - 1)], reverse [K, 2 (n - 1)]), int32, as
+            :meth:`qgm_ext.trees.Trees.tensors` gives them.
+        counts: how often a worker's own message counts, [K, n] in the state's dtype.
+        rule: dsgd, dsgdm, dsgdm_n, relay_grad, relay_grad_m or relay_grad_m_n.
+        hyper: its hyper-parameters.
+
+    Raises:
+        TypeError, ValueError: as in :func:`gossip_step_`, or if the device or the rule has no such kernel.
+    """
+    torch.ops.qgm_ext.relay_step_.default(x, g, state, messages, *trees, counts, rule, hyper)
 
 
 def local_step_(
-    x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: list[Tensor],
+    rule: str,
+    hyper: list[float],
+    row_scalars: Tensor | None = None,
 ) -> None:
     """The half of a step before communication: writes what one worker sends.
 
@@ -401,11 +535,12 @@ def local_step_(
         messages: where the messages go, each [D], in the state's dtype: the send buffers. Written.
         rule: as in :func:`gossip_step_`.
         hyper: as in :func:`gossip_step_`.
+        row_scalars: this worker's row of those of :func:`gossip_step_`, [k].
 
     Raises:
         TypeError, ValueError: as in :func:`gossip_step_`.
     """
-    torch.ops.qgm_ext.local_step_.default(x, g, state, messages, rule, hyper)
+    torch.ops.qgm_ext.local_step_.default(x, g, state, messages, rule, hyper, row_scalars)
 
 
 def merge_(
@@ -417,6 +552,7 @@ def merge_(
     mean: bool,
     rule: str,
     hyper: list[float],
+    row_scalars: Tensor | None = None,
 ) -> None:
     """The half of a step after communication: mixes the messages and makes the new parameters and state.
 
@@ -430,11 +566,12 @@ def merge_(
         mean: take the plain mean instead of the weights, as the complete graph does.
         rule: as in :func:`gossip_step_`.
         hyper: as in :func:`gossip_step_`.
+        row_scalars: this worker's row of those of :func:`gossip_step_`, [k].
 
     Raises:
         TypeError, ValueError: as in :func:`gossip_step_`.
     """
-    torch.ops.qgm_ext.merge_.default(x, g, state, received, weights, mean, rule, hyper)
+    torch.ops.qgm_ext.merge_.default(x, g, state, received, weights, mean, rule, hyper, row_scalars)
 
 
 def squared_norms(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qgm_ext import algorithms, ops
-from qgm_ext.algorithms import Algorithm, check_number
+from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, check_number
 from qgm_ext.flat import padded
 from qgm_ext.topology import Topology
 
@@ -37,6 +37,12 @@ class StackedOptimizer:
             leaves everything as it is and counts the step in ``skipped_steps``; "raise" leaves everything as it is
             and raises. The last two read the gradient once more, and wait for the device.
         **hyper: hyper-parameters of the algorithm, if it is given by name: lr, momentum, ...
+
+    Attributes:
+        lr: step size of all later steps; may be assigned.
+        num_steps: steps taken. ``skipped_steps``: those left out for a gradient that was not finite.
+        bytes_sent: what all workers together have sent, in bytes; ``bytes_sent_per_step``: in the last step. A message
+            is one vector in the compute dtype to one neighbour, an exact mean 2 (n - 1) of them.
 
     Raises:
         TypeError, ValueError: if an argument does not fit; it is named with what was expected and what came.
@@ -93,10 +99,23 @@ class StackedOptimizer:
         self.num_steps = 0
         self.skipped_steps = 0
         n, dim = x.shape
+        algorithm.check(topology, self.x)
+        self.bytes_sent = 0
+        self.bytes_sent_per_step = 0
+        self._previous_lr: float | None = None
         self._state = {
-            name: torch.zeros(n, padded(dim), dtype=compute, device=x.device)[:, :dim] for name in algorithm.state_names
+            name: torch.zeros(algorithm.state_rows(name, topology), padded(dim), dtype=compute, device=x.device)[
+                :, :dim
+            ]
+            for name in algorithm.state_names
         }
-        self._vectors = list(self._state.values())
+        algorithm.start_state(topology, self.x, self._state)
+        self._scalars = algorithm.initial_scalars(n)
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """The numbers that the algorithm keeps for each worker, by name, [n] float64; most keep none."""
+        return dict(self._scalars)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -128,20 +147,44 @@ class StackedOptimizer:
             self.skipped_steps += 1
             return
         self._advance(g, eta)
+        self._previous_lr = eta or self._previous_lr
         self.num_steps += 1
 
     def _advance(self, g: Tensor, eta: float) -> None:
         """The step itself, after the checks."""
-        mixing = self.topology.mixing(self.num_steps)
+        previous = eta if self._previous_lr is None else self._previous_lr
+        scalars = dict(self._scalars)
+        step = Step(self.num_steps, eta, previous, self.topology, self.x, g, self._state, scalars)
+        self.bytes_sent_per_step = sum(self._run(part, g) for part in self.algorithm.passes(step))
+        self.bytes_sent += self.bytes_sent_per_step
+        self._scalars = scalars
+
+    def _run(self, part: Pass | RelayPass, g: Tensor) -> int:
+        """Run one pass; returns the bytes that all workers together send for it."""
+        compute = ops.compute_dtype(self.x.dtype)
+        if isinstance(part, RelayPass):
+            messages = self._state[part.messages]
+            counts = part.counts.to(device=self.x.device, dtype=compute)
+            state = [self._state[name] for name in part.state]
+            tensors = part.trees.tensors(self.x.device)
+            ops.relay_step_(self.x, g, state, messages, tensors, counts, part.rule, part.hyper)
+            return messages.shape[0] * messages.shape[1] * compute.itemsize
         ops.gossip_step_(
             self.x,
             g,
-            self._vectors,
-            mixing.tensors(self.x.device, ops.compute_dtype(self.x.dtype)),
-            mixing.form,
-            self.algorithm.rule,
-            self.algorithm.hyper(self.num_steps, eta),
+            [self._state[name] for name in part.state],
+            part.mixing.tensors(self.x.device, compute),
+            part.mixing.form,
+            part.rule,
+            part.hyper,
+            part.row_scalars,
         )
+        n, dim = self.x.shape
+        # An all-reduce moves 2 (n - 1) / n vectors for each worker.
+        links = 2 * (n - 1) if part.exact_mean else part.mixing.num_links
+        if part.message_bytes is not None:
+            return links * part.message_bytes
+        return links * dim * compute.itemsize * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
 
     def _gradient_is_finite(self, g: Tensor) -> bool:
         finite = ops.rows_are_finite(g)
@@ -166,7 +209,10 @@ class StackedOptimizer:
             "num_steps": self.num_steps,
             "skipped_steps": self.skipped_steps,
             "lr": self.lr,
+            "previous_lr": self._previous_lr,
+            "bytes_sent": self.bytes_sent,
             "state": dict(self._state),
+            "scalars": dict(self._scalars),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,8 +240,14 @@ class StackedOptimizer:
                     f"state {name} must be {list(vector.shape)} {vector.dtype}, "
                     f"got {list(state[name].shape)} {state[name].dtype}"
                 )
+        scalars = state_dict["scalars"]
+        if scalars.keys() != self._scalars.keys():
+            raise ValueError(f"state_dict must hold the scalars {sorted(self._scalars)}, got {sorted(scalars)}")
         for name, vector in self._state.items():
             vector.copy_(state[name])
+        self._scalars = {name: scalars[name].to(self._scalars[name]).clone() for name in self._scalars}
+        self._previous_lr = state_dict["previous_lr"]
+        self.bytes_sent = state_dict["bytes_sent"]
         self.num_steps = state_dict["num_steps"]
         self.skipped_steps = state_dict["skipped_steps"]
         self.lr = state_dict["lr"]

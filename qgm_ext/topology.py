@@ -27,8 +27,10 @@ from qgm_ext.mixing import Mixing
 
 __all__ = [
     "Topology",
+    "binary_tree",
     "chain",
     "complete",
+    "double_binary_trees",
     "erdos_renyi",
     "exponential",
     "from_matrix",
@@ -38,9 +40,11 @@ __all__ = [
     "hypercube",
     "names",
     "one_peer_exponential",
+    "random_directed",
     "random_matching",
     "ring",
     "social",
+    "spanning_tree",
     "star",
     "torus",
 ]
@@ -74,6 +78,70 @@ def star(n: int) -> Topology:
     """Return a star with worker 0 in the middle and Metropolis-Hastings weights: 1/n on every edge."""
     n = _workers("star", n)
     return _named("star", graphs.metropolis(n, graphs.undirected(n, np.zeros(n - 1), np.arange(1, n))))
+
+
+def binary_tree(n: int) -> Topology:
+    """Return a binary tree as RelaySum's code numbers it: worker 0 hangs on worker 1, worker w >= 2 on w // 2."""
+    n = _workers("binary_tree", n)
+    return _named("binary_tree", graphs.metropolis(n, graphs.binary_tree(n)))
+
+
+def double_binary_trees(n: int) -> Topology:
+    """Return two binary trees at once for RelaySGD, even coordinates on one, odd ones on the other.
+
+    The second is the first with worker w renamed n - 1 - w, so that inner workers of one are leaves of the other (the
+    renaming is [recalled] from RelaySum's code). The mixing matrix, for other algorithms, is that of both together.
+    """
+    n = _workers("double_binary_trees", n)
+    one = graphs.binary_tree(n)
+    other = graphs.edges(n, n - 1 - one[0], n - 1 - one[1])
+    both = graphs.edges(n, np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]))
+    return StaticTopology("double_binary_trees", graphs.metropolis(n, both), {}, (one, other))
+
+
+def spanning_tree(topology: Topology) -> Topology:
+    """Return a tree of links of a static topology: a breadth-first search from worker 0, neighbours ascending.
+
+    Raises:
+        TypeError: if it is no Topology.
+        ValueError: if it is time-varying, not connected, or some link goes one way only.
+    Example:
+        >>> spanning_tree(ring(5)).neighbors(0)
+        [1, 4]
+    """
+    if not isinstance(topology, Topology):
+        raise TypeError(f"topology must be a Topology, got {type(topology).__name__}")
+    if topology.is_time_varying:
+        raise ValueError(f"topology must be static for a spanning tree, got {topology.name!r}; use its at(step)")
+    n = topology.num_workers
+    graph = graphs.off_diagonal_edges(topology.mixing())
+    _check_both_ways(n, graph, list(range(n)))
+    _check_connected(topology.name, [topology], allow_disconnected=False)
+    mixing = graphs.metropolis(n, graphs.breadth_first_tree(n, graph))
+    return StaticTopology("spanning_tree", mixing, {"of": topology.name})
+
+
+def random_directed(n: int, p: float = 0.3, seed: int = 0) -> Topology:
+    """Return a random directed graph for push-sum: a directed ring, and each other link with probability p.
+
+    A sender splits its mass evenly over itself and its receivers: columns sum to one, rows need not, so only ``sgp``
+    and ``qg_sgp`` work on it. :func:`from_sequence` of several makes it time-varying. Directed graphs whose rows sum
+    to one, too, are :func:`exponential` and :func:`one_peer_exponential`.
+
+    Args:
+        n: number of workers.
+        p: in [0, 1].
+        seed: in [0, 2**32).
+    """
+    n, seed = _workers("random_directed", n), to_integer("seed", seed, 0, 2**32 - 1)
+    if isinstance(p, bool) or not isinstance(p, (int, float, np.floating)):
+        raise TypeError(f"p must be a number in [0, 1], got {p!r}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    links = np.random.RandomState(seed).uniform(size=(n, n)) < p
+    links[(np.arange(n) + 1) % n, np.arange(n)] = True  # the ring: every worker reaches every other
+    graph = graphs.edges(n, *np.nonzero(links))
+    return StaticTopology("random_directed", graphs.column_uniform(n, graph), {"p": float(p), "seed": seed})
 
 
 def complete(n: int) -> Topology:
@@ -313,6 +381,8 @@ _NAMED: dict[str, Callable[..., Topology]] = {
         ring,
         chain,
         star,
+        binary_tree,
+        double_binary_trees,
         complete,
         torus,
         hypercube,
@@ -321,6 +391,7 @@ _NAMED: dict[str, Callable[..., Topology]] = {
         erdos_renyi,
         one_peer_exponential,
         random_matching,
+        random_directed,
     )
 }
 

@@ -7,6 +7,7 @@ ROWS fails here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +22,111 @@ F64 = torch.float64
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of an algorithm: hyper-parameters to test with, and the lr of the DSGD whose fixed point it has."""
+    """What is known of an algorithm.
 
-    hyper: dict[str, float]
-    same_fixed_point_as_dsgd_with_lr: float
+    Attributes:
+        hyper: hyper-parameters to test with.
+        point: where it goes on heterogeneous quadratics with constant lr, given problem and W; None: Adam's direction
+            has no fixed length, so it ends near a point, not at one.
+        n: number of workers.
+        graph: what they are on.
+        variants: further hyper-parameters under which its trajectories are compared with the reference.
+    """
+
+    hyper: dict[str, Any]
+    point: Callable[[Quadratics, torch.Tensor], torch.Tensor] | None
+    n: int = 8
+    graph: Callable[[int], topology.Topology] = topology.ring
+    variants: tuple[dict[str, Any], ...] = ()
+
+
+def optimum(problem: Quadratics, w: torch.Tensor) -> torch.Tensor:
+    return problem.optimum.expand(len(w), -1)
+
+
+def dsgd_point(lr: float) -> Callable[[Quadratics, torch.Tensor], torch.Tensor]:
+    return lambda problem, w: problem.dsgd_fixed_point(w, lr)
+
+
+def cta_point(lr: float) -> Callable[[Quadratics, torch.Tensor], torch.Tensor]:
+    """x = W x - lr (a x - b)."""
+
+    def solve(problem: Quadratics, w: torch.Tensor) -> torch.Tensor:
+        eye = torch.eye(len(w), dtype=F64)
+        return problem.solve(lambda a, b: torch.linalg.solve(eye - w + lr * torch.diag(a), lr * b))
+
+    return solve
+
+
+def gut_point(lr: float, mu: float, b_sum: float) -> Callable[[Quadratics, torch.Tensor], torch.Tensor]:
+    """y = 0 where nothing moves: g(W p) = (1 + mu B / (1 - mu)) (W - I) p / lr, and x = W p."""
+    kappa = (1 + mu * b_sum / (1 - mu)) / lr
+
+    def solve(problem: Quadratics, w: torch.Tensor) -> torch.Tensor:
+        eye = torch.eye(len(w), dtype=F64)
+        return problem.solve(lambda a, b: w @ torch.linalg.solve(torch.diag(a) @ w - kappa * (w - eye), b))
+
+    return solve
 
 
 # On quadratics: momentum amplifies DSGD's bias by 1 / (1 - beta); quasi-global momentum does not, because its buffer
-# vanishes where x stands still (with Nesterov's form the step there is (1 + beta) g).
+# vanishes where x stands still (with Nesterov's form the step there is (1 + beta) g). Neither does DecentLaM.
+ADAM = {"lr": 0.002, "betas": (0.9, 0.99), "eps": 1e-6}
 ROWS: dict[str, Row] = {
-    "dsgd": Row({"lr": 0.05}, 0.05),
-    "dsgdm": Row({"lr": 0.01, "momentum": 0.8}, 0.01 / (1 - 0.8)),
-    "dsgdm_n": Row({"lr": 0.01, "momentum": 0.8}, 0.01 / (1 - 0.8)),
-    "qg_dsgdm": Row({"lr": 0.05, "momentum": 0.9, "qg_momentum": 0.8}, 0.05),
-    "qg_dsgdm_n": Row({"lr": 0.05, "momentum": 0.9, "qg_momentum": 0.8}, 0.05 * 1.9),
+    "dsgd": Row({"lr": 0.05}, dsgd_point(0.05)),
+    "dsgd_cta": Row({"lr": 0.05}, cta_point(0.05)),
+    "dsgdm": Row({"lr": 0.01, "momentum": 0.8}, dsgd_point(0.01 / (1 - 0.8))),
+    "dsgdm_n": Row({"lr": 0.01, "momentum": 0.8}, dsgd_point(0.01 / (1 - 0.8))),
+    "qg_dsgdm": Row({"lr": 0.05, "momentum": 0.9, "qg_momentum": 0.8}, dsgd_point(0.05), variants=({"local_step": 3},)),
+    "qg_dsgdm_n": Row(
+        {"lr": 0.05, "momentum": 0.9, "qg_momentum": 0.8}, dsgd_point(0.05 * 1.9), variants=({"local_step": 3},)
+    ),
+    "qg_dadam": Row(ADAM, None, variants=({"variant": "v1"}, {"variant": "v2"}, {"normalization_eps": 0.1})),
+    "d_adam": Row(ADAM, None),
+    "damsgrad": Row({"lr": 0.02}, None, variants=({"betas": (0.5, 0.6), "eps": 0.5},)),
+    "csgd": Row({"lr": 0.05}, optimum),
+    "csgdm": Row({"lr": 0.01, "momentum": 0.8}, optimum),
+    "csgdm_n": Row({"lr": 0.01, "momentum": 0.8}, optimum),
+    "cadam": Row(ADAM, None),
+    # With an exact mean in every step SlowMo has no bias; with longer periods it moves in a cycle.
+    "slowmo": Row(
+        {"lr": 0.01, "momentum": 0.8, "slowmo_period": 1, "slowmo_momentum": 0.3},
+        optimum,
+        variants=({"slowmo_period": 5, "slowmo_lr": 0.7},),
+    ),
+    # A ring with an odd number of workers: at an even one the smallest eigenvalue is -1/3, where D2 is at its limit.
+    "d2": Row({"lr": 0.05}, optimum, n=7),
+    "d2_plus": Row({"lr": 0.05}, optimum, n=7),
+    "exact_diffusion": Row({"lr": 0.05}, optimum),
+    "gradient_tracking": Row({"lr": 0.02}, optimum),
+    "gradient_tracking_atc": Row({"lr": 0.05}, optimum),
+    "gradient_tracking_m": Row({"lr": 0.005, "momentum": 0.6}, optimum),
+    "gradient_tracking_m_n": Row({"lr": 0.005, "momentum": 0.6}, optimum),
+    "momentum_tracking": Row({"lr": 0.005, "momentum": 0.6}, optimum, variants=({"init": "zero"},)),
+    "decentlam": Row({"lr": 0.05, "momentum": 0.6}, dsgd_point(0.05)),
+    "gut": Row({"lr": 0.02}, gut_point(0.02, 0.9, 1.0), variants=({"scaling": 0.3},)),
+    "qg_gutm": Row({"lr": 0.01}, gut_point(0.01, 0.06, 1.9), variants=({"nesterov": True},)),
+    "sgp": Row({"lr": 0.05}, dsgd_point(0.05), variants=({"momentum": 0.8, "gamma": 0.7},)),
+    "relaysgd": Row(
+        {"lr": 0.02, "momentum": 0.5},
+        optimum,
+        variants=({"fill": "current", "nesterov": False}, {"momentum": 0.0}),
+        graph=topology.chain,
+    ),
+    # Nothing averages its models: they stay as far apart as the steps that were under way took them.
+    "relaysgd_grad": Row(
+        {"lr": 0.005, "momentum": 0.5}, None, variants=({"nesterov": False}, {"momentum": 0.0}), graph=topology.chain
+    ),
+    "choco_sgd": Row(
+        {"lr": 0.05, "gamma": 1.0, "compressor": "none"},
+        dsgd_point(0.05),
+        variants=(
+            {"order": "cta"},
+            {"compressor": "top_k", "ratio": 0.5, "momentum": 0.8, "gamma": 0.6},
+            {"compressor": "sign", "order": "cta", "momentum": 0.8, "nesterov": True, "gamma": 0.3},
+        ),
+    ),
+    "qg_sgp": Row({"lr": 0.05, "momentum": 0.8}, dsgd_point(0.05 * 1.8), variants=({"gamma": 0.7},)),
 }
 
 
@@ -52,6 +144,10 @@ class Quadratics:
     @property
     def optimum(self) -> torch.Tensor:
         return self.b.mean(0) / self.a.mean(0)
+
+    def solve(self, column: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Put together the solutions of single coordinates, each given its a and b of all workers."""
+        return torch.stack([column(self.a[:, d], self.b[:, d]) for d in range(self.a.shape[1])], 1)
 
     def dsgd_fixed_point(self, w: torch.Tensor, lr: float) -> torch.Tensor:
         """x = W (x - lr (a x - b)), solved coordinate by coordinate."""
@@ -77,15 +173,21 @@ def test_every_algorithm_has_a_row_and_a_reference():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_heterogeneous_quadratic_reaches_the_predicted_point(name):
-    problem, topo, row = Quadratics(), topology.ring(8), ROWS[name]
+    row = ROWS[name]
+    problem, topo = Quadratics(n=row.n), row.graph(row.n)
     opt = run(name, problem, topo, 4000, **row.hyper)
-    expected = problem.dsgd_fixed_point(torch.tensor(topo.matrix()), row.same_fixed_point_as_dsgd_with_lr)
-    torch.testing.assert_close(opt.x, expected, rtol=0, atol=1e-9)
-    assert (expected - problem.optimum).abs().max() > 0.1  # the point is biased, not the optimum
     start = problem.optimum.abs().max()
+    if row.point is None:
+        assert (opt.x.mean(0) - problem.optimum).abs().max() < 0.5 * start
+        return
+    expected = row.point(problem, torch.tensor(topo.matrix()))
+    torch.testing.assert_close(opt.x, expected, rtol=0, atol=1e-9)
     assert (opt.x.mean(0) - problem.optimum).abs().max() < 0.5 * start
+    if row.point is not optimum:
+        assert (expected - problem.optimum).abs().max() > 0.01  # the point is biased, not the optimum
 
 
+@pytest.mark.filterwarnings("ignore:d2.*eigenvalue")
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("drop", [False, True], ids=["constant-lr", "lr-drop"])
 @pytest.mark.parametrize(
@@ -93,21 +195,28 @@ def test_heterogeneous_quadratic_reaches_the_predicted_point(name):
 )
 def test_twelve_steps_equal_the_reference(name, drop, topo):
     problem = Quadratics()
-    for extra in ({}, {"weight_decay": 0.01}) + (({"local_step": 3},) if name.startswith("qg") else ()):
+    if ROWS[name].graph is topology.chain:  # a tree for each of the graphs
+        trees = {"ring": topology.chain, "complete": topology.star, "one_peer_exponential": topology.binary_tree}
+        topo = trees[topo.name](8)
+    if name == "choco_sgd" and topo.is_time_varying:
+        topo = topology.exponential(8)
+    for extra in ({}, {"weight_decay": 0.01}, *ROWS[name].variants):
         algorithm = algorithms.get(name, **{**ROWS[name].hyper, **extra})
         opt = StackedOptimizer(torch.ones_like(problem.a), topo, algorithm)
-        x, state = torch.ones_like(problem.a), reference.initial_state(algorithm, problem.a)
+        x, state = torch.ones_like(problem.a), reference.initial_state(algorithm, torch.ones_like(problem.a), topo)
         for t in range(12):
             lr = algorithm.lr * (0.1 if drop and t >= 6 else 1.0)
             opt.step(problem.gradient(opt.x), lr=lr)
             x, state = reference.step(algorithm, x, problem.gradient(x), state, torch.tensor(topo.matrix(t)), t, lr)
         torch.testing.assert_close(opt.x, x, rtol=1e-12, atol=1e-13)
-        assert opt.state.keys() == state.keys()
-        for key, vector in opt.state.items():
-            torch.testing.assert_close(vector, state[key], rtol=1e-12, atol=1e-12)
+        kept = {**opt.state, **opt.scalars}
+        assert kept.keys() == state.keys() - {"previous_lr"}
+        for key, vector in kept.items():
+            size = state[key].abs().max().item()
+            torch.testing.assert_close(vector, state[key], rtol=1e-12, atol=1e-12 * max(1.0, size))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ["dsgd", "dsgdm", "dsgdm_n", "qg_dsgdm", "qg_dsgdm_n"])
 def test_first_steps_of_two_workers_by_hand(name):
     """n = 2, W all 1/2, one coordinate, x = (1, 3), g = (1, -1) then (2, 0): plain fractions."""
     eta, beta, mu = 0.5, 0.5, 0.5
@@ -233,7 +342,7 @@ def test_quasi_global_momentum_speeds_up_consensus_on_long_rings_only():
     assert consensus_error(64, "qg_dsgdm", 500) < 0.01 * consensus_error(64, "dsgd", 500)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name].graph is topology.ring])
 def test_permuting_the_workers_permutes_the_result(name):
     problem, order = Quadratics(n=6), torch.tensor([3, 0, 5, 1, 4, 2])
     w = topology.erdos_renyi(6, 0.8, seed=1).matrix()
@@ -243,6 +352,223 @@ def test_permuting_the_workers_permutes_the_result(name):
     straight = run(name, problem, topology.from_matrix(w), 20, **hyper)
     shuffled = run(name, permuted, topology.from_matrix(w[np.ix_(order, order)]), 20, **hyper)
     torch.testing.assert_close(shuffled.x, straight.x[order], rtol=1e-12, atol=1e-13)
+
+
+def same_path(
+    one: tuple[str, dict[str, Any]],
+    other: tuple[str, dict[str, Any]],
+    topo: topology.Topology,
+    steps: int = 30,
+    **changes: Any,
+) -> None:
+    """Two algorithms take the same path on heterogeneous quadratics."""
+    problem = Quadratics(n=topo.num_workers)
+    second = changes.get("other_topology", topo)
+    a, b = run(one[0], problem, topo, steps, **one[1]), run(other[0], problem, second, steps, **other[1])
+    torch.testing.assert_close(a.x, b.x, rtol=1e-12, atol=1e-13)
+    assert (a.x - a.x[0]).abs().max() > 1e-3 or topo.name == "complete" or one[0].startswith("c")
+
+
+RING = topology.ring(8)
+
+
+@pytest.mark.parametrize("name", ["dsgdm", "dsgdm_n"])
+def test_centralised_methods_equal_local_momentum_on_the_complete_graph(name):
+    same_path((f"c{name[1:]}", {"lr": 0.02}), (name, {"lr": 0.02}), RING, other_topology=topology.complete(8))
+
+
+def test_centralised_adam_is_torch_adam_on_the_mean_gradient():
+    problem = Quadratics()
+    opt = run("cadam", problem, RING, 30, lr=0.05, weight_decay=0.01)
+    parameter = torch.zeros(3, dtype=F64, requires_grad=True)
+    adam = torch.optim.Adam([parameter], lr=0.05, weight_decay=0.01)
+    for _ in range(30):
+        parameter.grad = problem.gradient(parameter.detach().expand(8, 3)).mean(0)
+        adam.step()
+    torch.testing.assert_close(opt.x, parameter.detach().expand(8, 3), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:d2.*eigenvalue")
+def test_d2_plus_is_d2_for_constant_lr_only():
+    topo, hyper = RING, {"lr": 0.05}
+    same_path(("d2", hyper), ("d2_plus", hyper), topo)
+    problem = Quadratics()
+    opts = [StackedOptimizer(torch.zeros_like(problem.a), topo, name, **hyper) for name in ("d2", "d2_plus")]
+    for t in range(3000):
+        for opt in opts:
+            opt.step(problem.gradient(opt.x), lr=0.05 if t < 200 else 0.005)
+    errors = [(opt.x - problem.optimum).abs().max().item() for opt in opts]
+    assert errors[1] < 0.01 * errors[0]
+
+
+def test_exact_diffusion_is_d2_with_lazy_mixing():
+    lazy = topology.from_matrix((np.eye(8) + RING.matrix()) / 2)
+    same_path(("exact_diffusion", {"lr": 0.05}), ("d2", {"lr": 0.05}), RING, other_topology=lazy)
+
+
+def test_d2_warns_where_it_may_diverge_and_exact_diffusion_does_not():
+    problem = Quadratics(n=32)
+    for topo in (topology.social(), topology.ring(32)):
+        with pytest.warns(UserWarning, match="smallest eigenvalue is above -1/3.* exact_diffusion is stable there"):
+            StackedOptimizer(torch.zeros_like(problem.a), topo, "d2", lr=0.05)
+    with pytest.warns(UserWarning, match="may diverge"):
+        diverged = run("d2", problem, topology.social(), 300, lr=0.05)
+    assert not (diverged.x.abs().max() < 1e6)
+    stable = run("exact_diffusion", problem, topology.social(), 4000, lr=0.05)
+    assert (stable.x - problem.optimum).abs().max() < 1e-9
+
+
+def test_momentum_tracking_without_momentum_is_gradient_tracking():
+    same_path(
+        ("momentum_tracking", {"lr": 0.02, "momentum": 0.0, "init": "zero"}), ("gradient_tracking", {"lr": 0.02}), RING
+    )
+
+
+def test_momentum_tracking_mean_is_centralised_heavy_ball_and_corrections_sum_to_zero():
+    problem = Quadratics()
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "momentum_tracking", lr=0.01)
+    mean, m = torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)
+    for _ in range(40):
+        g = problem.gradient(opt.x)
+        m = 0.9 * m + g.mean(0)
+        mean = mean - 0.01 * m
+        opt.step(g)
+        torch.testing.assert_close(opt.x.mean(0), mean, rtol=1e-11, atol=1e-12)
+        assert opt.state["correction"].sum(0).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["gradient_tracking", "gradient_tracking_m"])
+def test_tracked_gradients_have_the_mean_of_the_gradients(name):
+    problem = Quadratics()
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, name, lr=0.01)
+    for _ in range(40):
+        opt.step(problem.gradient(opt.x))
+        # y_next = correction + g_next: its mean is that of g_next if the corrections sum to zero.
+        assert opt.state["correction"].sum(0).abs().max() < 1e-11
+
+
+def test_damsgrad_tracks_the_mean_second_moment():
+    problem = Quadratics()
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "damsgrad", lr=0.01)
+    for _ in range(40):
+        opt.step(problem.gradient(opt.x))
+        torch.testing.assert_close(
+            opt.state["tracked_sq"].mean(0), opt.state["max_exp_avg_sq"].mean(0), rtol=1e-12, atol=1e-13
+        )
+
+
+def test_decentlam_has_the_fixed_point_of_quasi_global_momentum():
+    problem = Quadratics()
+    a = run("decentlam", problem, RING, 4000, lr=0.05, momentum=0.6)
+    b = run("qg_dsgdm", problem, RING, 4000, lr=0.05, momentum=0.6)
+    torch.testing.assert_close(a.x, b.x, rtol=0, atol=1e-9)
+
+
+def test_gut_without_tracking_takes_the_gradient_at_the_mixed_point():
+    problem, w = Quadratics(), torch.tensor(RING.matrix())
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "gut", lr=0.05, scaling=0.0)
+    p = torch.zeros_like(problem.a)
+    for _ in range(30):
+        opt.step(problem.gradient(opt.x))
+        p = w @ p - 0.05 * problem.gradient(w @ p)
+        torch.testing.assert_close(opt.x, w @ p, rtol=1e-12, atol=1e-13)
+    # The second momentum rule of those codes: y+ = W (y - eta g(y)) + beta (y - y_prev).
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "qg_gutm", lr=0.05, scaling=0.0, momentum=0.9)
+    y = y_before = torch.zeros_like(problem.a)
+    for _ in range(30):
+        opt.step(problem.gradient(opt.x))
+        y, y_before = w @ (y - 0.05 * problem.gradient(y)) + 0.9 * (y - y_before), y
+        torch.testing.assert_close(opt.x, y, rtol=1e-10, atol=1e-11)
+
+
+def test_slowmo_without_slow_momentum_is_exact_averaging():
+    problem, w = Quadratics(), torch.tensor(RING.matrix())
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "slowmo", lr=0.02, slowmo_period=4, slowmo_momentum=0.0)
+    x, m = torch.zeros_like(problem.a), torch.zeros_like(problem.a)
+    for t in range(20):
+        opt.step(problem.gradient(opt.x))
+        g = problem.gradient(x)
+        m = 0.9 * m + g
+        x = w @ (x - 0.02 * (g + 0.9 * m))
+        if t % 4 == 0:
+            x = x.mean(0).expand_as(x).clone()
+        torch.testing.assert_close(opt.x, x, rtol=1e-11, atol=1e-12)
+
+
+def test_push_sum_on_doubly_stochastic_graphs_is_dsgd_and_quasi_global_momentum():
+    for topo in (RING, topology.exponential(8), topology.one_peer_exponential(8)):
+        same_path(("sgp", {"lr": 0.05}), ("dsgd", {"lr": 0.05}), topo)
+        same_path(("sgp", {"lr": 0.01, "momentum": 0.8}), ("dsgdm", {"lr": 0.01, "momentum": 0.8}), topo)
+        quasi = {"lr": 0.05, "momentum": 0.8}
+        same_path(("qg_sgp", quasi), ("qg_dsgdm_n", {**quasi, "qg_momentum": 0.8}), topo)
+
+
+@pytest.mark.parametrize("name", ["sgp", "qg_sgp"])
+def test_push_sum_agrees_on_the_mean_over_directed_graphs(name):
+    directed = topology.random_directed(8, 0.3, seed=1)
+    assert not directed.is_doubly_stochastic
+    varying = topology.from_sequence([topology.random_directed(8, 0.2, seed=s) for s in range(3)])
+    for topo in (directed, varying):
+        opt = StackedOptimizer(torch.eye(8, dtype=F64), topo, name, lr=0.1, momentum=0.0)
+        for _ in range(200):
+            opt.step(torch.zeros(8, 8, dtype=F64))
+            assert opt.scalars["push_sum_weight"].sum().item() == pytest.approx(8, abs=1e-10)
+        torch.testing.assert_close(opt.x, torch.full((8, 8), 1 / 8, dtype=F64), rtol=1e-9, atol=1e-10)
+        assert (opt.scalars["push_sum_weight"] - 1).abs().max() > 0.05
+    problem = Quadratics()
+    if name == "sgp":  # qg_sgp weighs what gossip moved by 1 / w, so its mean drifts where weights differ
+        opt = run(name, problem, directed, 4000, lr=0.002)
+        assert (opt.x - problem.optimum).abs().max() < 0.1
+    with pytest.raises(ValueError, match="dsgd needs a doubly stochastic mixing matrix.*sgp and qg_sgp"):
+        StackedOptimizer(torch.zeros(8, 3), directed, "dsgd", lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["sgp", "qg_sgp"])
+def test_push_sum_on_a_directed_graph_equals_the_reference(name):
+    problem, topo = Quadratics(), topology.random_directed(8, 0.3, seed=1)
+    for extra in ({}, {"gamma": 0.6, "weight_decay": 0.01, "momentum": 0.7}):
+        algorithm = algorithms.get(name, lr=0.05, **extra)
+        opt = StackedOptimizer(torch.ones_like(problem.a), topo, algorithm)
+        x, state = torch.ones_like(problem.a), reference.initial_state(algorithm, torch.ones_like(problem.a))
+        for t in range(12):
+            lr = 0.05 if t < 6 else 0.005
+            opt.step(problem.gradient(opt.x), lr=lr)
+            x, state = reference.step(algorithm, x, problem.gradient(x), state, torch.tensor(topo.matrix()), t, lr)
+        torch.testing.assert_close(opt.x, x, rtol=1e-12, atol=1e-13)
+
+
+def test_choco_without_compression_is_dsgd_in_either_order():
+    plain = {"lr": 0.05, "gamma": 1.0, "compressor": "none"}
+    same_path(("choco_sgd", plain), ("dsgd", {"lr": 0.05}), RING)
+    problem = Quadratics()
+    cta = run("choco_sgd", problem, RING, 1, **plain, order="cta")
+    combining = StackedOptimizer(cta.x.clone(), RING, "dsgd_cta", lr=0.05)  # the first step does not mix
+    for _ in range(30):
+        cta.step(problem.gradient(cta.x))
+        combining.step(problem.gradient(combining.x))
+        torch.testing.assert_close(cta.x, combining.x, rtol=1e-11, atol=1e-12)
+    with pytest.raises(ValueError, match="choco_sgd needs a static topology"):
+        StackedOptimizer(torch.zeros(8, 3), topology.one_peer_exponential(8), "choco_sgd", lr=0.1)
+
+
+def test_bytes_sent_are_counted_for_every_algorithm():
+    n, dim = 8, 100
+    vector = dim * 4
+    expected = {
+        **dict.fromkeys(ROWS, 16 * vector),  # a ring: 16 directed links
+        **{name: 2 * 16 * vector for name in ROWS if algorithms.get_class(name).messages == 2},
+        **dict.fromkeys(("csgd", "csgdm", "csgdm_n", "cadam"), 14 * vector),  # an all-reduce: 2 (n - 1) vectors
+        **dict.fromkeys(("relaysgd", "relaysgd_grad"), 14 * vector),  # a chain
+        "slowmo": (16 + 14) * vector,
+        "momentum_tracking": (2 * 16 + 14) * vector,
+        "choco_sgd": 16 * (13 + 4),
+    }
+    for name in ROWS:
+        topo = topology.chain(n) if name.startswith("relay") else topology.ring(7 if name.startswith("d2") else n)
+        opt = StackedOptimizer(torch.zeros(topo.num_workers, dim), topo, name, lr=0.1)
+        opt.step(torch.ones_like(opt.x))
+        wanted = expected[name] * (14 / 16 if name.startswith("d2") else 1)
+        assert opt.bytes_sent_per_step == opt.bytes_sent == wanted, name
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qgm_ext import compressors
+from qgm_ext import StackedOptimizer, algorithms, compressors, topology
 from qgm_ext.compressors import Identity, Qsgd, RandomK, ScaledSign, TopK
 
 F64 = torch.float64
@@ -127,10 +127,30 @@ def test_message_bytes_of_a_hundred_numbers(compressor, expected):
         (lambda: Qsgd(0), "bits must be an integer from 1 to 16, got 0"),
         (lambda: ScaledSign(2), "sign_of_zero must be 0 or 1, got 2"),
         (lambda: compressors.make("topk"), "compressor 'topk' is not known, did you mean 'top_k'?"),
-        (lambda: compressors.make("zip"), "compressor 'zip' is not known, there are none, qsgd"),
+        (lambda: compressors.make("zip"), "compressor 'zip' is not known, there are bfloat16, int8"),
         (lambda: Qsgd(3)(rows(5), generators(1)), "generators must be one for each of the 4 rows, got 1"),
     ],
 )
 def test_wrong_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("order", ["atc", "cta"])
+@pytest.mark.parametrize("name", compressors.NAMES)
+def test_choco_agrees_on_the_mean_with_every_compressor(name, order):
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centre = x.mean(0)
+    opt = StackedOptimizer(
+        x.clone(), topology.ring(8), "choco_sgd", lr=0.0, compressor=name, gamma=0.1, ratio=0.6, order=order
+    )
+    for _ in range(600):
+        opt.step(torch.zeros_like(x))
+    torch.testing.assert_close(opt.x.mean(0), centre, rtol=1e-9, atol=1e-9)
+    assert opt.consensus_distance() < 0.1 * float((x - centre).square().sum(1).mean().sqrt())
+
+
+def test_choco_compresses_segments_each_for_itself():
+    algorithm = algorithms.get("choco_sgd", lr=0.1, compressor="sign", segments=((0, 2), (2, 2)))
+    x = torch.tensor([[0.0, -3.0, 1.0, 4.0]])
+    assert algorithm.compress(x, 0).tolist() == [[1.5, -1.5, 2.5, 2.5]]  # sign(0) = +1

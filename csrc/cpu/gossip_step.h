@@ -17,12 +17,14 @@
 #include "rule_loops.h"
 #include "scratch.h"
 #include "simd.h"
+#include "storage.h"
 
 namespace qgm::cpu {
 
 struct GossipStepArguments : qgm::GossipStepArguments {
   int threads;
   Simd simd;
+  DType storage;  // of x and g; set by gossip_step
 };
 
 // Coordinates in a tile. Long enough that the loop set-up of a row is paid back, short enough that
@@ -31,19 +33,52 @@ constexpr std::integral_constant<int64_t, 128> kTile{};
 constexpr int64_t kTileWidth = kTile;
 constexpr int64_t kPrefetchTiles = 2;
 
-template <template <class> class RuleOf, class Storage>
+template <template <class> class RuleOf, class Compute>
 struct GossipTile {
-  using Loops = RuleLoops<RuleOf, Storage>;
-  using T = typename Loops::T;
+  using Loops = RuleLoops<RuleOf, Compute>;
+  using T = Compute;
   using Rule = typename Loops::Rule;
   using Row = typename Loops::Row;
   static constexpr int kStates = Rule::kStates;
   static constexpr int kMessages = Rule::kMessages;
 
-  static QGM_HD Row row(const GossipStepArguments& a, int64_t i, int64_t begin) {
+  // A thread's scratch: messages [kMessages, rows, kTileWidth], mixed [kMessages, kTileWidth] and, for
+  // 16-bit storage, x and g of the tile: of all workers if merge reads them again, else of one.
+  struct Scratch {
+    T *messages, *mixed, *x, *g;
+
+    QGM_HD Scratch(const GossipStepArguments& a, T* memory)
+        : messages(memory),
+          mixed(messages + kMessages * a.rows * kTileWidth),
+          x(mixed + kMessages * kTileWidth),
+          g(x + (Rule::kMergeReadsX ? a.rows : 1) * kTileWidth) {}
+
+    static int64_t size(const GossipStepArguments& a, bool staged) {
+      const int64_t tiles = kMessages * (a.rows + 1);
+      return (staged ? tiles + (Rule::kMergeReadsX ? a.rows : 1) + (Rule::kMergeReadsGrad ? a.rows : 1) : tiles) *
+             kTileWidth;
+    }
+  };
+
+  static QGM_HD StoredRows<T> stored(const GossipStepArguments& a) { return {a.storage, a.simd}; }
+
+  static QGM_HD char* x_at(const GossipStepArguments& a, int64_t i, int64_t begin) {
+    return stored(a).at(static_cast<char*>(a.x), i * a.x_stride + begin);
+  }
+
+  static QGM_HD const char* g_at(const GossipStepArguments& a, int64_t i, int64_t begin) {
+    return stored(a).at(static_cast<const char*>(a.g), i * a.g_stride + begin);
+  }
+
+  static QGM_HD Row row(const GossipStepArguments& a, int64_t i, int64_t begin, const Scratch& scratch) {
     Row r;
-    r.x = static_cast<Storage*>(a.x) + i * a.x_stride + begin;
-    r.g = static_cast<const Storage*>(a.g) + i * a.g_stride + begin;
+    if (stored(a).staged()) {
+      r.x = scratch.x + (Rule::kMergeReadsX ? i : 0) * kTileWidth;
+      r.g = scratch.g + (Rule::kMergeReadsGrad ? i : 0) * kTileWidth;
+    } else {
+      r.x = reinterpret_cast<T*>(x_at(a, i, begin));
+      r.g = reinterpret_cast<const T*>(g_at(a, i, begin));
+    }
     for (int k = 0; k < kStates; ++k) {
       r.state[k] = static_cast<T*>(a.state[k]) + i * a.state_stride + begin;
     }
@@ -54,15 +89,16 @@ struct GossipTile {
   // learn; into L2, because the tiles in between would push it out of L1.
   static QGM_HD void prefetch(const GossipStepArguments& a, int64_t begin, int64_t i) {
     const int64_t length = std::min(kTileWidth, a.cols - begin);
-    const Row r = row(a, i, begin);
     constexpr int64_t kLine = 64;
-    for (int64_t c = 0; c < length; c += kLine / int64_t(sizeof(Storage))) {
-      __builtin_prefetch(r.x + c, 0, 2);
-      __builtin_prefetch(r.g + c, 0, 2);
+    const char *x = x_at(a, i, begin), *g = g_at(a, i, begin);
+    for (int64_t byte = 0; byte < length * stored(a).bytes(); byte += kLine) {
+      __builtin_prefetch(x + byte, 0, 2);
+      __builtin_prefetch(g + byte, 0, 2);
     }
     for (int k = 0; k < kStates; ++k) {
+      const T* state = static_cast<const T*>(a.state[k]) + i * a.state_stride + begin;
       for (int64_t c = 0; c < length; c += kLine / int64_t(sizeof(T))) {
-        __builtin_prefetch(r.state[k] + c, 0, 2);
+        __builtin_prefetch(state + c, 0, 2);
       }
     }
   }
@@ -72,11 +108,12 @@ struct GossipTile {
   static QGM_HD void mix_and_merge(const GossipStepArguments& a, const Rule& rule, int64_t i, const Row& r,
                                    Length length, const T* messages, T* mixed) {
     const int64_t plane = a.rows * kTileWidth;  // from message k to message k + 1
+    const T* source = mixed;
+    int64_t step = kTileWidth;
     if (a.mixing.form == MixingForm::kIdentity) {
-      const T* own = messages + i * kTileWidth;
-      return Loops::merge(rule, r, length, [=](int k, int64_t c) { return own[k * plane + c]; });
-    }
-    if (a.mixing.form != MixingForm::kMean) {
+      source = messages + i * kTileWidth;
+      step = plane;
+    } else if (a.mixing.form != MixingForm::kMean) {
       const int64_t start = a.mixing.row_offsets[i];
       const int64_t count = a.mixing.row_offsets[i + 1] - start;
       const int32_t* columns = a.mixing.columns + start;
@@ -96,27 +133,34 @@ struct GossipTile {
                      mixed + k * kTileWidth);
       }
     }
-    Loops::merge(rule, r, length, [=](int k, int64_t c) { return mixed[k * kTileWidth + c]; });
+    Loops::merge(rule, r, length, [=](int k, int64_t c) { return source[k * step + c]; });
   }
 
   template <class Length>
-  static QGM_HD void tile(const GossipStepArguments& a, const Rule& rule, int64_t begin, Length length, T* scratch) {
-    T* const messages = scratch;                                 // [kMessages, rows, kTileWidth]
-    T* const mixed = scratch + kMessages * a.rows * kTileWidth;  // [kMessages, kTileWidth]
+  static QGM_HD void tile(const GossipStepArguments& a, const Rule& rule, int64_t begin, Length length, T* memory) {
+    const Scratch scratch(a, memory);
+    const StoredRows<T> rows = stored(a);
     for (int64_t i = 0; i < a.rows; ++i) {
       prefetch(a, begin + kPrefetchTiles * kTileWidth, i);
+      const Row r = row(a, i, begin, scratch);
+      if (rows.staged()) {
+        rows.load(x_at(a, i, begin), length, r.x);
+        rows.load(g_at(a, i, begin), length, const_cast<T*>(r.g));
+      }
       Values<T*, kMessages> out;
-      for (int k = 0; k < kMessages; ++k) out[k] = messages + (k * a.rows + i) * kTileWidth;
-      Loops::local(rule, row(a, i, begin), length, out);
+      for (int k = 0; k < kMessages; ++k) out[k] = scratch.messages + (k * a.rows + i) * kTileWidth;
+      Loops::local(for_row(rule, static_cast<const T*>(a.row_scalars), i), r, length, out);
     }
     if (a.mixing.form == MixingForm::kMean) {
       for (int k = 0; k < kMessages; ++k) {
-        const T* const of_all = messages + k * a.rows * kTileWidth;
-        mean([=](int64_t q) { return of_all + q * kTileWidth; }, a.rows, kTile, mixed + k * kTileWidth);
+        const T* const of_all = scratch.messages + k * a.rows * kTileWidth;
+        mean([=](int64_t q) { return of_all + q * kTileWidth; }, a.rows, kTile, scratch.mixed + k * kTileWidth);
       }
     }
     for (int64_t i = 0; i < a.rows; ++i) {
-      mix_and_merge(a, rule, i, row(a, i, begin), length, messages, mixed);
+      const Row r = row(a, i, begin, scratch);
+      mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), i), i, r, length, scratch.messages, scratch.mixed);
+      if (rows.staged()) rows.store(r.x, length, x_at(a, i, begin));
     }
   }
 
@@ -132,21 +176,27 @@ struct GossipTile {
   }
 };
 
-template <template <class> class RuleOf, class Storage>
-void gossip_step(const GossipStepArguments& a) {
-  using Tile = GossipTile<RuleOf, Storage>;
-  using T = typename Tile::T;
+template <template <class> class RuleOf, class Compute>
+void gossip_tiles(const GossipStepArguments& a) {
+  using Tile = GossipTile<RuleOf, Compute>;
   const int64_t whole = a.cols / kTileWidth, tiles = (a.cols + kTileWidth - 1) / kTileWidth;
   const int threads = threads_for(a.rows * a.cols, tiles, a.threads);
   // Zeroed, because the mixing loops run over whole tiles, the unused end of the last one included.
-  const int64_t per_thread = Tile::kMessages * (a.rows + 1) * kTileWidth;
-  const ScratchBuffer<T> scratch(threads * per_thread);
+  const int64_t per_thread = Tile::Scratch::size(a, Tile::stored(a).staged());
+  const ScratchBuffer<Compute> scratch(threads * per_thread);
   parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
-    T* const mine = scratch.data() + thread * per_thread;
-    SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, T*>::run(a.simd, a, first, std::min(last, whole),
-                                                                        mine);
+    Compute* const mine = scratch.data() + thread * per_thread;
+    SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first,
+                                                                              std::min(last, whole), mine);
     if (last > whole) Tile::run_rest(a, whole * kTileWidth, mine);
   });
+}
+
+template <template <class> class RuleOf, class Storage>
+void gossip_step(const GossipStepArguments& a) {
+  GossipStepArguments typed = a;
+  typed.storage = kDTypeOf<Storage>;
+  gossip_tiles<RuleOf, Compute<Storage>>(typed);
 }
 
 }  // namespace qgm::cpu

@@ -12,40 +12,72 @@ namespace qgm::cpu {
 struct LocalStepArguments : qgm::LocalStepArguments {
   int threads;
   Simd simd;
+  DType storage;  // of x and g; set by local_step
 };
 
 struct MergeArguments : qgm::MergeArguments {
   int threads;
   Simd simd;
+  DType storage;  // of x and g; set by merge
 };
 
-template <template <class> class RuleOf, class Storage>
+template <template <class> class RuleOf, class Compute>
 struct LocalStepBody {
-  using Loops = RuleLoops<RuleOf, Storage>;
-  using T = typename Loops::T;
+  using Loops = RuleLoops<RuleOf, Compute>;
+  using T = Compute;
 
   static QGM_HD void run(const LocalStepArguments& a, int64_t begin, int64_t end) {
-    typename Loops::Row row;
-    row.x = static_cast<Storage*>(const_cast<void*>(a.x)) + begin;  // read only: local() stores no x
-    row.g = static_cast<const Storage*>(a.g) + begin;
-    for (int k = 0; k < Loops::kStates; ++k) row.state[k] = static_cast<T*>(a.state[k]) + begin;
-    Values<T*, Loops::kMessages> out;
-    for (int k = 0; k < Loops::kMessages; ++k) out[k] = static_cast<T*>(a.message[k]) + begin;
-    Loops::local(typename Loops::Rule(a.hyper), row, end - begin, out);
+    const auto rule = for_row(typename Loops::Rule(a.hyper), static_cast<const T*>(a.row_scalars), 0);
+    const StoredRows<T> rows{a.storage, a.simd};
+    alignas(64) T x[kTileWidth], g[kTileWidth];  // for 16-bit storage; otherwise the whole range is one piece
+    const int64_t piece = rows.staged() ? kTileWidth : end - begin;
+    for (int64_t first = begin; first < end; first += piece) {
+      const int64_t length = std::min(piece, end - first);
+      const char* const x_stored = rows.at(static_cast<const char*>(a.x), first);
+      const char* const g_stored = rows.at(static_cast<const char*>(a.g), first);
+      typename Loops::Row row;
+      if (rows.staged()) {
+        rows.load(x_stored, length, x);
+        rows.load(g_stored, length, g);
+        row.x = x;
+        row.g = g;
+      } else {
+        row.x = reinterpret_cast<T*>(const_cast<char*>(x_stored));  // read only: local() stores no x
+        row.g = reinterpret_cast<const T*>(g_stored);
+      }
+      for (int k = 0; k < Loops::kStates; ++k) row.state[k] = static_cast<T*>(a.state[k]) + first;
+      Values<T*, Loops::kMessages> out;
+      for (int k = 0; k < Loops::kMessages; ++k) out[k] = static_cast<T*>(a.message[k]) + first;
+      Loops::local(rule, row, length, out);
+    }
   }
 };
 
-template <template <class> class RuleOf, class Storage>
+template <template <class> class RuleOf, class Compute>
 struct MergeBody {
-  using Loops = RuleLoops<RuleOf, Storage>;
-  using T = typename Loops::T;
+  using Loops = RuleLoops<RuleOf, Compute>;
+  using T = Compute;
+
+  // scratch: kMessages tiles, a tile of x and one of g for 16-bit storage, the weights in the compute type.
+  static constexpr int64_t kScratchTiles = Loops::kMessages + 2;
 
   template <class Length>
   static QGM_HD void tile(const MergeArguments& a, const typename Loops::Rule& rule, const T* weights,
                           int64_t begin, Length length, T* mixed) {
+    const StoredRows<T> rows{a.storage, a.simd};
+    char* const x_stored = rows.at(static_cast<char*>(a.x), begin);
+    const char* const g_stored = rows.at(static_cast<const char*>(a.g), begin);
     typename Loops::Row row;
-    row.x = static_cast<Storage*>(a.x) + begin;
-    row.g = static_cast<const Storage*>(a.g) + begin;
+    if (rows.staged()) {
+      T *const x = mixed + Loops::kMessages * kTileWidth, *const g = x + kTileWidth;
+      if (Loops::Rule::kMergeReadsX) rows.load(x_stored, length, x);
+      if (Loops::Rule::kMergeReadsGrad) rows.load(g_stored, length, g);
+      row.x = x;
+      row.g = g;
+    } else {
+      row.x = reinterpret_cast<T*>(x_stored);
+      row.g = reinterpret_cast<const T*>(g_stored);
+    }
     for (int k = 0; k < Loops::kStates; ++k) row.state[k] = static_cast<T*>(a.state[k]) + begin;
     for (int k = 0; k < Loops::kMessages; ++k) {
       const auto message = [&](int64_t q) {
@@ -58,50 +90,62 @@ struct MergeBody {
       }
     }
     Loops::merge(rule, row, length, [=](int k, int64_t c) { return mixed[k * kTileWidth + c]; });
+    if (rows.staged()) rows.store(row.x, length, x_stored);
   }
 
-  // scratch: kMessages tiles, then the weights in the compute type.
   static QGM_HD const T* load_weights(const MergeArguments& a, T* scratch) {
-    T* const weights = scratch + Loops::kMessages * kTileWidth;
+    T* const weights = scratch + kScratchTiles * kTileWidth;
     for (int64_t q = 0; q < a.terms; ++q) weights[q] = T(a.weights[q]);
     return weights;
   }
 
+  static QGM_HD auto rule_of(const MergeArguments& a) {
+    return for_row(typename Loops::Rule(a.hyper), static_cast<const T*>(a.row_scalars), 0);
+  }
+
   // Whole tiles [first, last).
   static QGM_HD void run(const MergeArguments& a, int64_t first, int64_t last, T* scratch) {
-    const typename Loops::Rule rule(a.hyper);
+    const auto rule = rule_of(a);
     const T* const weights = load_weights(a, scratch);
     for (int64_t t = first; t < last; ++t) tile(a, rule, weights, t * kTileWidth, kTile, scratch);
   }
 
   // The short tile at the end: once a call, so one version for all SIMD levels is enough.
   __attribute__((noinline)) static void run_rest(const MergeArguments& a, int64_t begin, T* scratch) {
-    tile(a, typename Loops::Rule(a.hyper), load_weights(a, scratch), begin, a.size - begin, scratch);
+    tile(a, rule_of(a), load_weights(a, scratch), begin, a.size - begin, scratch);
   }
 };
 
 template <template <class> class RuleOf, class Storage>
 void local_step(const LocalStepArguments& a) {
-  const int threads = threads_for(a.size, a.size, a.threads);
-  parallel_for(a.size, threads, [&](int, int64_t begin, int64_t end) {
-    SimdLevels<LocalStepBody<RuleOf, Storage>, const LocalStepArguments&, int64_t, int64_t>::run(a.simd, a, begin,
-                                                                                              end);
+  using Body = LocalStepBody<RuleOf, Compute<Storage>>;
+  LocalStepArguments typed = a;
+  typed.storage = kDTypeOf<Storage>;
+  parallel_for(a.size, threads_for(a.size, a.size, a.threads), [&](int, int64_t begin, int64_t end) {
+    SimdLevels<Body, const LocalStepArguments&, int64_t, int64_t>::run(a.simd, typed, begin, end);
+  });
+}
+
+template <template <class> class RuleOf, class Compute>
+void merge_tiles(const MergeArguments& a) {
+  using Body = MergeBody<RuleOf, Compute>;
+  const int64_t whole = a.size / kTileWidth, tiles = (a.size + kTileWidth - 1) / kTileWidth;
+  const int threads = threads_for(a.size, tiles, a.threads);
+  const int64_t per_thread = Body::kScratchTiles * kTileWidth + a.terms;
+  const ScratchBuffer<Compute> scratch(threads * per_thread);
+  parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
+    Compute* const mine = scratch.data() + thread * per_thread;
+    SimdLevels<Body, const MergeArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first, std::min(last, whole),
+                                                                         mine);
+    if (last > whole) Body::run_rest(a, whole * kTileWidth, mine);
   });
 }
 
 template <template <class> class RuleOf, class Storage>
 void merge(const MergeArguments& a) {
-  using Body = MergeBody<RuleOf, Storage>;
-  using T = typename Body::T;
-  const int64_t whole = a.size / kTileWidth, tiles = (a.size + kTileWidth - 1) / kTileWidth;
-  const int threads = threads_for(a.size, tiles, a.threads);
-  const int64_t per_thread = Body::Loops::kMessages * kTileWidth + a.terms;
-  const ScratchBuffer<T> scratch(threads * per_thread);
-  parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
-    T* const mine = scratch.data() + thread * per_thread;
-    SimdLevels<Body, const MergeArguments&, int64_t, int64_t, T*>::run(a.simd, a, first, std::min(last, whole), mine);
-    if (last > whole) Body::run_rest(a, whole * kTileWidth, mine);
-  });
+  MergeArguments typed = a;
+  typed.storage = kDTypeOf<Storage>;
+  merge_tiles<RuleOf, Compute<Storage>>(typed);
 }
 
 }  // namespace qgm::cpu

@@ -14,7 +14,7 @@ namespace qgm::cpu {
 
 struct RuleEntry {
   std::string name;
-  int hyper, states, messages;
+  int hyper, states, messages, row_scalars;
   bool merge_reads_x, merge_reads_grad;
   void (*gossip_step[kDTypes])(const GossipStepArguments&);
   void (*local_step[kDTypes])(const LocalStepArguments&);
@@ -34,6 +34,7 @@ RuleEntry make_entry() {
           Rule::kHyper,
           Rule::kStates,
           Rule::kMessages,
+          kRowScalars<Rule>,
           Rule::kMergeReadsX,
           Rule::kMergeReadsGrad,
           {gossip_step<RuleOf, float>, gossip_step<RuleOf, double>, gossip_step<RuleOf, bfloat16>,

@@ -8,17 +8,17 @@
 
 namespace qgm::cpu {
 
-template <template <class> class RuleOf, class Storage>
+template <template <class> class RuleOf, class Compute>
 struct RuleLoops {
-  using T = Compute<Storage>;
+  using T = Compute;
   using Rule = RuleOf<T>;
   static constexpr int kStates = Rule::kStates;
   static constexpr int kMessages = Rule::kMessages;
 
-  // One worker's rows of a tile.
+  // One worker's rows of a tile, in the compute type (storage.h).
   struct Row {
-    Storage* x;
-    const Storage* g;
+    T* x;
+    const T* g;
     Values<T*, kStates> state;
   };
 
@@ -33,7 +33,7 @@ struct RuleLoops {
       for (int k = 0; k < kStates; ++k) {
         if (has_bit(Rule::kLocalReads, k)) state[k] = r.state[k][c];
       }
-      rule.local(widen(r.x[c]), widen(r.g[c]), state, message);
+      rule.local(r.x[c], r.g[c], state, message);
       for (int k = 0; k < kStates; ++k) {
         if (has_bit(Rule::kLocalWrites, k)) r.state[k][c] = state[k];
       }
@@ -47,8 +47,8 @@ struct RuleLoops {
     const int64_t count = length;
     QGM_INDEPENDENT_ITERATIONS
     for (int64_t c = 0; c < count; ++c) {
-      T x = Rule::kMergeReadsX ? widen(r.x[c]) : T(0);
-      const T g = Rule::kMergeReadsGrad ? widen(r.g[c]) : T(0);
+      T x = Rule::kMergeReadsX ? r.x[c] : T(0);
+      const T g = Rule::kMergeReadsGrad ? r.g[c] : T(0);
       Values<T, kStates> state;
       Values<T, kMessages> received;
       for (int k = 0; k < kStates; ++k) {
@@ -56,7 +56,7 @@ struct RuleLoops {
       }
       for (int k = 0; k < kMessages; ++k) received[k] = mixed(k, c);
       rule.merge(x, g, state, received);
-      r.x[c] = narrow<Storage>(x);
+      r.x[c] = x;
       for (int k = 0; k < kStates; ++k) {
         if (has_bit(Rule::kMergeWrites, k)) r.state[k][c] = state[k];
       }

@@ -20,8 +20,13 @@
 //   void merge(T& x, T g, Values<T, kStates>& state, const Values<T, kMessages>& mixed) const
 //       after it: mixed[k] = sum_j w_ij message_j[k]; makes the new x and state
 //
+// A rule may also have numbers of its own for each worker (a push-sum weight, a norm):
+//
+//   static constexpr int kRowScalars        how many; a rule without the constant has none
+//   void set_row(const T* scalars)          takes those of one worker, before local() and merge() of its row
+//
 // What a mask leaves out is not loaded and not stored, so the masks are the memory traffic of the
-// rule. A rule calls no library function and has no loop over workers; operations happen in the
+// rule. A rule calls nothing but the helpers of numeric.h and has no loop over workers; operations happen in the
 // written order (no contraction, no re-association), which makes the bits equal everywhere.
 //
 // A header of this directory ends with `using Rules = RuleList<...>` in the namespace
@@ -34,6 +39,25 @@ namespace qgm {
 
 template <template <class> class... Rule>
 struct RuleList {};
+
+template <class Rule, class = void>
+struct RowScalarsOf {
+  static constexpr int value = 0;
+};
+template <class Rule>
+struct RowScalarsOf<Rule, decltype(void(Rule::kRowScalars))> {
+  static constexpr int value = Rule::kRowScalars;
+};
+template <class Rule>
+constexpr int kRowScalars = RowScalarsOf<Rule>::value;
+
+// The rule as worker i runs it; scalars is [rows, kRowScalars].
+template <class Rule, class T>
+QGM_HD Rule for_row(const Rule& rule, const T* scalars, int64_t i) {
+  Rule own = rule;
+  if constexpr (kRowScalars<Rule> > 0) own.set_row(scalars + i * kRowScalars<Rule>);
+  return own;
+}
 
 QGM_HD constexpr bool has_bit(unsigned mask, int k) { return (mask >> k) & 1u; }
 

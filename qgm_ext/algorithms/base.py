@@ -8,11 +8,103 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import pkgutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qgm_ext.mixing import Mixing
+from qgm_ext.trees import Trees
+
+if TYPE_CHECKING:
+    from qgm_ext.topology import Topology
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One fused pass over x, g and state: which rule, with what, mixed how.
+
+    Args:
+        rule: a name from :func:`qgm_ext.ops.rules`.
+        hyper: its hyper-parameters, in the order of its header.
+        state: the names of its state vectors, in the order of its header.
+        mixing: how its messages are averaged.
+        row_scalars: its numbers for each worker, [n, k], if it has any.
+        exact_mean: the messages are averaged over all workers by an all-reduce, whatever the topology; only the
+            counting of bytes asks for it.
+        message_bytes: bytes of all messages that a worker sends to one neighbour, if they are compressed.
+    """
+
+    rule: str
+    hyper: list[float]
+    state: tuple[str, ...]
+    mixing: Mixing
+    row_scalars: Tensor | None = None
+    exact_mean: bool = False
+    message_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RelayPass:
+    """One fused pass in which messages are relayed over trees instead of averaged with neighbours.
+
+    Args:
+        rule: dsgd, dsgdm, dsgdm_n or relay_grad, relay_grad_m, relay_grad_m_n.
+        hyper: its hyper-parameters, in the order of its header.
+        state: the names of its state vectors.
+        messages: the name of the state that holds the messages, one row for each directed edge.
+        trees: the trees.
+        counts: how often a worker's own message counts, [K, n].
+    """
+
+    rule: str
+    hyper: list[float]
+    state: tuple[str, ...]
+    messages: str
+    trees: Trees
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an algorithm knows when it says which passes a step is made of.
+
+    Attributes:
+        number: of the step, from 0.
+        lr: its step size eta.
+        previous_lr: the last step size before it that was not 0; ``lr`` itself if there was none.
+        topology: who averages with whom.
+        x: parameters, [n, D]: those of this moment, so after a pass the new ones.
+        g: gradients, [n, D].
+        state: the state vectors by name, [n, D].
+        scalars: numbers that the algorithm keeps for each worker, [n] float64 by name; values may be replaced.
+    """
+
+    number: int
+    lr: float
+    previous_lr: float
+    topology: Topology
+    x: Tensor
+    g: Tensor
+    state: Mapping[str, Tensor]
+    scalars: dict[str, Tensor]
+
+    @property
+    def mixing(self) -> Mixing:
+        """The topology's mixing matrix in this step."""
+        return self.topology.mixing(self.number)
+
+    def row_scalars(self, *columns: Tensor) -> Tensor:
+        """Put numbers of each worker, [n] each, side by side as a rule takes them: [n, k] in the compute dtype."""
+        dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return torch.stack(columns, dim=1).to(device=self.x.device, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +122,8 @@ class Algorithm:
         needs_simulator: whether a step takes more than the gradient at x (cross-gradients, features, a second
             gradient), which only :class:`qgm_ext.Simulator` can compute; see
             :class:`qgm_ext.algorithms.cross_gradient.CrossGradientAlgorithm`.
+        needs: what it asks of the topology, in words, for tables.
+        any_columns: whether a mixing matrix may be column-stochastic only, as push-sum takes it.
 
     Raises:
         ValueError: if a hyper-parameter is outside its range, not finite, or not a number.
@@ -39,6 +133,8 @@ class Algorithm:
     messages: ClassVar[int] = 1
     source: ClassVar[str]
     needs_simulator: ClassVar[bool] = False
+    needs: ClassVar[str] = "doubly stochastic"
+    any_columns: ClassVar[bool] = False
 
     lr: float
     weight_decay: float = 0.0
@@ -54,12 +150,45 @@ class Algorithm:
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The state vectors in the order of the rule, each of the model's size, zero at the start."""
+        """The state vectors, each of the model's size, in the order of the rule if it is one rule that keeps all."""
         raise NotImplementedError
+
+    def state_rows(self, name: str, topology: Topology) -> int:
+        """How many rows a state vector has: one for each worker, unless it belongs to something else."""
+        return topology.num_workers
+
+    def start_state(self, topology: Topology, x: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Give the state vectors, which are zero, what they start from."""
+        for name, vector in state.items():
+            start = self.initial_value(name)
+            if start == "params":
+                vector.copy_(x)
+            elif start != 0.0:
+                vector.fill_(start)
+
+    def initial_value(self, name: str) -> float | Literal["params"]:
+        """What a state vector starts from: a number, or the parameters."""
+        return 0.0
+
+    def initial_scalars(self, n: int) -> dict[str, Tensor]:
+        """The numbers that the algorithm keeps for each worker, before the first step: [n] float64 by name."""
+        return {}
 
     def hyper(self, step: int, lr: float) -> list[float]:
         """The rule's hyper-parameters in step number ``step`` (from 0) with step size ``lr``."""
         raise NotImplementedError
+
+    def passes(self, step: Step) -> Iterator[Pass | RelayPass]:
+        """What a step is made of, in order; after ``yield`` the pass has been run."""
+        yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing)
+
+    def check(self, topology: Topology, x: Tensor) -> None:
+        """Refuse, or warn of, a topology or a start that this algorithm can't work with; called once, before steps."""
+        if not self.any_columns and not topology.is_doubly_stochastic:
+            raise ValueError(
+                f"{self.name} needs a doubly stochastic mixing matrix, but some row of topology {topology.name!r} does "
+                "not sum to one; sgp and qg_sgp work on such directed graphs"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Name and hyper-parameters, as stored in checkpoints and config files."""
@@ -76,6 +205,52 @@ def check_number(name: str, value: Any, *, low: float, high: float = math.inf, h
     else:
         wanted = f"in [{low:g}, {high:g}{')' if high_open else ']'}"
     raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+@functools.cache
+def mean_mixing(n: int) -> Mixing:
+    """The mixing matrix of the complete graph, 1/n everywhere: exact averaging."""
+    return Mixing.from_matrix(np.full((n, n), 1.0 / n))
+
+
+@functools.cache
+def identity_mixing(n: int) -> Mixing:
+    """The mixing matrix that mixes nothing: a pass of every worker for itself."""
+    return Mixing.from_matrix(np.eye(n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumAlgorithm(Algorithm):
+    """An algorithm with momentum beta in [0, 1)."""
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamAlgorithm(Algorithm):
+    """An algorithm with Adam's moments: betas in [0, 1) and eps > 0."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for k, beta in enumerate(self.betas):
+            check_number(f"betas[{k}]", beta, low=0.0, high=1.0, high_open=True)
+        check_number("eps", self.eps, low=0.0)
+
+    def adam_hyper(self, step: int, lr: float) -> list[float]:
+        """eta, b1, b2, eps, wd and the bias corrections 1 - b1^t and sqrt(1 - b2^t), t = step + 1."""
+        b1, b2 = self.betas
+        corrections = [1.0 - b1 ** (step + 1), math.sqrt(1.0 - b2 ** (step + 1))]
+        return [lr, b1, b2, self.eps, self.weight_decay, *corrections]
 
 
 _registry: dict[str, type[Algorithm]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qgm_ext.algorithms.base import Algorithm, check_number, register
+from qgm_ext.algorithms.base import Algorithm, MomentumAlgorithm, register
 
 
 @register
@@ -44,7 +44,28 @@ class Dsgd(Algorithm):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Dsgdm(Algorithm):
+class DsgdCta(Dsgd):
+    r"""DSGD in the original order: combine, then adapt.
+
+    .. math::
+        x_i \leftarrow \sum_j w_{ij} x_j - \eta g_i', \qquad g_i' = g_i(x_i) + \lambda x_i
+
+    The gradient is taken before the averaging, so the two can overlap. Its biased fixed point is another one than that
+    of :class:`Dsgd`.
+
+    Source: Lian et al. (NeurIPS 2017), Algorithm 1; epfml/relaysgd with overlapped communication.
+    """
+
+    name: ClassVar[str] = "dsgd_cta"
+
+    @property
+    def rule(self) -> str:
+        return "dsgd_cta"
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Dsgdm(MomentumAlgorithm):
     r"""DSGDm: DSGD with heavy-ball momentum that each worker keeps for itself.
 
     .. math::
@@ -62,12 +83,6 @@ class Dsgdm(Algorithm):
 
     name: ClassVar[str] = "dsgdm"
     source: ClassVar[str] = "Lin et al. 2021, arXiv 2102.04761 (baseline)"
-
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
 
     @property
     def rule(self) -> str:

@@ -27,6 +27,7 @@ from qgm_ext.mixing import Mixing
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+NO_ROW_SCALARS = 0  # the address that says so: the kernels here have no rule that takes them
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
 #: What rules get, as many as they take. The CPU gets the same numbers and is the oracle, so no rule is special.
@@ -103,6 +104,7 @@ class MockModule:
                 weights.data_ptr(),
                 columns.numel(),
                 hyper,
+                NO_ROW_SCALARS,
                 device,
                 STREAM,
             )
@@ -120,6 +122,7 @@ class MockModule:
                 [m.data_ptr() for m in messages],
                 x.numel(),
                 hyper,
+                NO_ROW_SCALARS,
                 0,
                 STREAM,
             )
@@ -147,6 +150,7 @@ class MockModule:
                 mean,
                 x.numel(),
                 hyper,
+                NO_ROW_SCALARS,
                 0,
                 STREAM,
             )

@@ -88,7 +88,13 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
   Matrix<Storage> x(n, dim, 0), g(n, dim, 1000), x_split = x;
   std::vector<Matrix<T>> state, state_split;
   for (int k = 0; k < rule.states; ++k) state.emplace_back(n, dim, 2000 + k);
+  for (auto& vector : state) {  // not negative: rules take square roots of some
+    for (T& value : vector.data) value = std::abs(value);
+  }
   state_split = state;
+
+  std::vector<T> row_scalars;
+  for (int64_t k = 0; k < n * rule.row_scalars; ++k) row_scalars.push_back(T(0.5 + 0.125 * double(k)));
 
   GossipStepArguments fused{};
   fused.x = x.data.data();
@@ -102,6 +108,7 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
   fused.mixing.columns = ring.columns.data();
   fused.mixing.weights = ring.weights.data();
   fused.hyper = hyper;
+  fused.row_scalars = row_scalars.data();
   fused.threads = threads;
   fused.simd = best_simd();
   rule.gossip_step[dtype](fused);
@@ -118,6 +125,7 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
     for (int k = 0; k < rule.messages; ++k) local.message[k] = messages[size_t(k)][size_t(i)].row(0);
     local.size = dim;
     local.hyper = hyper;
+    local.row_scalars = row_scalars.data() + i * rule.row_scalars;
     local.threads = threads;
     local.simd = Simd::kBaseline;
     rule.local_step[dtype](local);
@@ -151,6 +159,7 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
     merge.mean = form == MixingForm::kMean;
     merge.size = dim;
     merge.hyper = hyper;
+    merge.row_scalars = row_scalars.data() + i * rule.row_scalars;
     merge.threads = threads;
     merge.simd = best_simd();
     rule.merge[dtype](merge);

@@ -1,0 +1,120 @@
+"""CHOCO-SGD: gossip with compressed differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qgm_ext import compressors
+from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, Step, check_number, identity_mixing, register
+from qgm_ext.topology import Topology
+
+Order = Literal["atc", "cta"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ChocoSgd(MomentumAlgorithm):
+    r"""CHOCO-SGD: workers send only the compressed difference to what their neighbours already know of them.
+
+    .. math::
+        \text{atc:}\quad & x_i^{1/2} = x_i - \eta D_i, \quad q_i = Q(x_i^{1/2} - \hat x_i), \quad
+        \hat x_j \leftarrow \hat x_j + q_j, \quad
+        x_i^+ = x_i^{1/2} + \gamma \Bigl( \sum_j w_{ij} \hat x_j - \hat x_i \Bigr) \\
+        \text{cta:}\quad & x_i^+ = x_i - \eta D_i + \gamma \Bigl( \sum_j w_{ij} \hat x_j - \hat x_i \Bigr), \quad
+        q_i = Q(x_i^+ - \hat x_i), \quad \hat x_j \leftarrow \hat x_j + q_j
+
+    D is the gradient with weight decay, or with momentum m <- beta m + g', or g' + beta m (Nesterov); m is local.
+    x_hat = 0 at the start; sum_j w_ij x_hat_j is kept as one vector. With compressor "none" and gamma = 1 "atc" is
+    DSGD, and "cta" is DSGD that combines first, from the second step on. A step is two fused passes around the
+    compressor, and one compressed vector to each neighbour.
+
+    Args:
+        order: "atc", the paper's order [recalled], or "cta", that of the published codes.
+        gamma: consensus step size in (0, 1]; the stronger the compression, the smaller it must be.
+        momentum: beta in [0, 1). (Default: 0.)
+        nesterov: use the Nesterov form.
+        compressor: "top_k", "random_k", "qsgd", "sign", "bfloat16", "int8" or "none" (:mod:`qgm_ext.compressors`).
+        ratio: part of the entries that top_k and random_k leave out, in [0, 1).
+        bits: of qsgd, 1 to 16.
+        unbiased: random_k and qsgd with the factor that makes their mean the vector; the codes' default is biased.
+        seed: of random_k and qsgd.
+        segments: (first, length) of the parameters that are compressed each for itself, as in the deep learning code.
+            (Default: the whole vector.)
+
+    Source: Koloskova, Stich, Jaggi, "Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
+    Communication" (ICML 2019, arXiv 1902.00340); epfml/ChocoSGD (deep learning code: x_hat = 0; its convex code
+    starts at x^0).
+    """
+
+    name: ClassVar[str] = "choco_sgd"
+    source: ClassVar[str] = "Koloskova et al. 2019, arXiv 1902.00340"
+    needs: ClassVar[str] = "symmetric, static"
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    order: Order = "atc"
+    gamma: float = 0.5
+    compressor: str = "sign"
+    ratio: float = 0.9
+    bits: int = 4
+    unbiased: bool = False
+    seed: int = 0
+    segments: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}")
+        self.make_compressor()
+        check_number("gamma", self.gamma, low=0.0, high=1.0)
+        compressors.check_seed(self.seed)
+
+    def check(self, topology: Topology, x: Tensor) -> None:
+        super().check(topology, x)
+        if topology.is_time_varying:
+            raise ValueError(
+                f"{self.name} needs a static topology, got the time-varying {topology.name!r}: what a worker keeps of "
+                "its neighbours' differences is summed with one set of weights"
+            )
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return ("momentum_buffer", "known_params", "mixed_known_params", "message")
+
+    def passes(self, step: Step) -> Iterator[Pass | RelayPass]:
+        m, known, mixed, message = self.state_names
+        before, after = (0.0, self.gamma) if self.order == "atc" else (self.gamma, 0.0)
+        hyper = [step.lr, self.momentum, self.weight_decay, before, float(self.nesterov)]
+        n, dim = step.x.shape
+        yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(n))
+        vector = step.state[message]
+        compressor = self.make_compressor()
+        vector.copy_(self.compress(vector, step.number))
+        lengths = [length for _, length in self.segments or [(0, dim)]]
+        size = sum(compressor.message_bytes(length, vector.element_size()) for length in lengths)
+        yield Pass("choco_receive", [after], (known, mixed, message), step.mixing, message_bytes=size)
+
+    def make_compressor(self) -> compressors.Compressor:
+        """Build the compressor; its sign of 0 is +1, as in ChocoSGD's code."""
+        if self.compressor == "sign":
+            return compressors.ScaledSign(sign_of_zero=1)
+        if self.compressor == "qsgd":
+            return compressors.Qsgd(self.bits, self.unbiased)
+        if self.compressor == "random_k":
+            return compressors.RandomK(self.ratio, self.unbiased)
+        return compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
+
+    def compress(self, vectors: Tensor, step: int) -> Tensor:
+        """Compress what each worker sends in a step, [n, D]; draws depend on seed, step and worker."""
+        compressor, out = self.make_compressor(), torch.zeros_like(vectors)
+        sources = [
+            compressors.generator(self.seed, step, i) for i in range(len(vectors) if compressor.is_random else 0)
+        ]
+        for first, length in self.segments or [(0, vectors.shape[1])]:
+            out[:, first : first + length] = compressor(vectors[:, first : first + length], sources)
+        return out

@@ -65,8 +65,7 @@ QGM_HD float widen(float16 value) {
   const uint32_t rebias = 112u << 23;
   const uint32_t normal = magnitude + rebias + (exponent == 0x0f800000u ? rebias : 0u);
   // Subnormals: put the mantissa under the exponent of 2^-14, then take the implicit one away.
-  const float subnormal =
-      float_from_bits(magnitude + (113u << 23)) - float_from_bits(113u << 23);
+  const float subnormal = float_from_bits(magnitude + (113u << 23)) - float_from_bits(113u << 23);
   const uint32_t result = exponent == 0u ? float_bits(subnormal) : normal;
   return float_from_bits(result | sign);
 }
@@ -102,8 +101,7 @@ QGM_HD float16 narrow<float16>(float value) {
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + odd) >> 13;
   // Below 2^-14: adding 0.5 aligns the mantissa at 2^-24 and rounds it in hardware.
   const uint32_t half_bits = 126u << 23;
-  const uint32_t subnormal =
-      float_bits(float_from_bits(magnitude) + float_from_bits(half_bits)) - half_bits;
+  const uint32_t subnormal = float_bits(float_from_bits(magnitude) + float_from_bits(half_bits)) - half_bits;
   uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
   result = magnitude >= 0x47800000u ? 0x7c00u : result;  // 65536 and above: infinity
   result = magnitude > 0x7f800000u ? 0x7e00u : result;   // NaN

@@ -74,7 +74,9 @@ struct Backend {
 using Binding = qgm::Binding<Backend, int>;
 
 void check_relay(const RelayStepArguments& a) {
-  const auto refuse = [](const std::string& what) { throw py::value_error("relay_step_: the trees are damaged: " + what); };
+  const auto refuse = [](const std::string& what) {
+    throw py::value_error("relay_step_: the trees are damaged: " + what);
+  };
   for (int64_t k = 0; k < a.trees; ++k) {
     const int32_t* const offsets = a.offsets + k * (a.rows + 1);
     if (offsets[0] != 0 || offsets[a.rows] != a.edges()) refuse("their offsets don't end at 2 (n - 1)");
@@ -159,6 +161,36 @@ void plain_loop(Address x, Address g, Address m, int64_t size) {
                                                                     static_cast<float*>(pointer(m)), size);
 }
 
+template <int kReads, int kWrites>
+void plain_streams(float* const* arrays, int64_t size) {
+  SimdLevels<PlainStreams<kReads, kWrites>, float* const*, int64_t>::run(g_simd, arrays, size);
+}
+
+template <int kReads, int... kWrites>
+void choose_writes(int writes, float* const* arrays, int64_t size, std::integer_sequence<int, kWrites...>) {
+  ((kWrites + 1 == writes ? plain_streams<kReads, (kWrites < kReads ? kWrites + 1 : kReads)>(arrays, size) : void()),
+   ...);
+}
+
+template <int... kReads>
+void choose_reads(int reads, int writes, float* const* arrays, int64_t size, std::integer_sequence<int, kReads...>) {
+  ((kReads + 1 == reads
+        ? choose_writes<kReads + 1>(writes, arrays, size, std::make_integer_sequence<int, kMaxStreams>{})
+        : void()),
+   ...);
+}
+
+void py_plain_streams(const std::vector<Address>& arrays, int writes, int64_t size) {
+  const int reads = int(arrays.size());
+  if (reads < 1 || reads > kMaxStreams || writes < 1 || writes > reads) {
+    throw py::value_error("plain_streams takes 1 to 8 arrays and writes 1 to all of them");
+  }
+  std::vector<float*> pointers;
+  for (const Address array : arrays) pointers.push_back(static_cast<float*>(pointer(array)));
+  const py::gil_scoped_release release;
+  choose_reads(reads, writes, pointers.data(), size, std::make_integer_sequence<int, kMaxStreams>{});
+}
+
 py::dict build_info() {
   py::dict d;
 #if defined(__clang__)
@@ -181,6 +213,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of qgm_ext; use them through qgm_ext.ops.";
   Binding::define(m);
   m.def("relay_step", &py_relay_step);
+  m.def("plain_streams", &py_plain_streams, "For benchmarks: reads float32 arrays and writes the first of them.");
   m.def("squared_norms", &py_squared_norms);
   m.def("consensus_distance", &py_consensus_distance);
   m.def("rows_are_finite", &py_rows_are_finite);

@@ -159,7 +159,8 @@ struct GossipTile {
     }
     for (int64_t i = 0; i < a.rows; ++i) {
       const Row r = row(a, i, begin, scratch);
-      mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), i), i, r, length, scratch.messages, scratch.mixed);
+      mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), i), i, r, length, scratch.messages,
+                    scratch.mixed);
       if (rows.staged()) rows.store(r.x, length, x_at(a, i, begin));
     }
   }
@@ -187,7 +188,7 @@ void gossip_tiles(const GossipStepArguments& a) {
   parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
     Compute* const mine = scratch.data() + thread * per_thread;
     SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first,
-                                                                              std::min(last, whole), mine);
+                                                                                  std::min(last, whole), mine);
     if (last > whole) Tile::run_rest(a, whole * kTileWidth, mine);
   });
 }

@@ -30,9 +30,7 @@ void parallel_for(int64_t count, int threads, const Body& body) {
     body(0, int64_t(0), count);
     return;
   }
-  const auto share = [&](int thread) {
-    body(thread, count * thread / threads, count * (thread + 1) / threads);
-  };
+  const auto share = [&](int thread) { body(thread, count * thread / threads, count * (thread + 1) / threads); };
 #if defined(QGM_STD_THREADS)
   std::vector<std::thread> pool;
   for (int t = 1; t < threads; ++t) pool.emplace_back(share, t);

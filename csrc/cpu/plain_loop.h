@@ -1,5 +1,7 @@
-// The yardstick of the benchmarks: one loop over whole arrays that reads three and writes two, as the
-// fused step does for one worker without neighbours (heavy-ball SGD). Not used in training.
+// The yardsticks of the benchmarks: loops over whole arrays that do next to nothing. Not used in training.
+//
+// PlainLoop reads three arrays and writes two, as the fused step of QG-DSGDm does for one worker without
+// neighbours. PlainStreams<R, W> reads R arrays and writes the first W of them.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +16,22 @@ struct PlainLoop {
     for (int64_t c = 0; c < size; ++c) {
       m[c] = 0.9f * m[c] + g[c];
       x[c] = x[c] - 0.1f * m[c];
+    }
+  }
+};
+
+constexpr int kMaxStreams = 8;
+
+template <int kReads, int kWrites>
+struct PlainStreams {
+  static QGM_HD void run(float* const* arrays, int64_t size) {
+    float* a[kReads];
+    for (int k = 0; k < kReads; ++k) a[k] = arrays[k];
+    QGM_INDEPENDENT_ITERATIONS
+    for (int64_t c = 0; c < size; ++c) {
+      float sum = 0.0f;
+      for (int k = 0; k < kReads; ++k) sum = sum * 0.5f + a[k][c];
+      for (int k = 0; k < kWrites; ++k) a[k][c] = sum;
     }
   }
 };

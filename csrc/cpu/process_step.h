@@ -62,8 +62,8 @@ struct MergeBody {
   static constexpr int64_t kScratchTiles = Loops::kMessages + 2;
 
   template <class Length>
-  static QGM_HD void tile(const MergeArguments& a, const typename Loops::Rule& rule, const T* weights,
-                          int64_t begin, Length length, T* mixed) {
+  static QGM_HD void tile(const MergeArguments& a, const typename Loops::Rule& rule, const T* weights, int64_t begin,
+                          Length length, T* mixed) {
     const StoredRows<T> rows{a.storage, a.simd};
     char* const x_stored = rows.at(static_cast<char*>(a.x), begin);
     const char* const g_stored = rows.at(static_cast<const char*>(a.g), begin);
@@ -80,9 +80,7 @@ struct MergeBody {
     }
     for (int k = 0; k < Loops::kStates; ++k) row.state[k] = static_cast<T*>(a.state[k]) + begin;
     for (int k = 0; k < Loops::kMessages; ++k) {
-      const auto message = [&](int64_t q) {
-        return static_cast<const T*>(a.received[k * a.terms + q]) + begin;
-      };
+      const auto message = [&](int64_t q) { return static_cast<const T*>(a.received[k * a.terms + q]) + begin; };
       if (a.mean) {
         mean(message, a.terms, length, mixed + k * kTileWidth);
       } else {
@@ -136,7 +134,7 @@ void merge_tiles(const MergeArguments& a) {
   parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
     Compute* const mine = scratch.data() + thread * per_thread;
     SimdLevels<Body, const MergeArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first, std::min(last, whole),
-                                                                         mine);
+                                                                             mine);
     if (last > whole) Body::run_rest(a, whole * kTileWidth, mine);
   });
 }

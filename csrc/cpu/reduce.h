@@ -112,8 +112,8 @@ void squared_norms(const ReduceArguments& a, double* out) {
   const int64_t blocks = (a.cols + kReduceBlock - 1) / kReduceBlock, tasks = a.rows * blocks;
   const ScratchBuffer<double> sums(tasks);
   parallel_for(tasks, threads_for(a.rows * a.cols, tasks, a.threads), [&](int, int64_t first, int64_t last) {
-    SimdLevels<SquaredNormBody<Storage>, const ReduceArguments&, int64_t, int64_t, double*>::run(
-        a.simd, a, first, last, sums.data());
+    SimdLevels<SquaredNormBody<Storage>, const ReduceArguments&, int64_t, int64_t, double*>::run(a.simd, a, first, last,
+                                                                                                 sums.data());
   });
   for (int64_t i = 0; i < a.rows; ++i) {
     double total = 0.0;
@@ -128,8 +128,8 @@ void consensus_distance(const ReduceArguments& a, double* out) {
   const int64_t blocks = (a.cols + kReduceBlock - 1) / kReduceBlock;
   const ScratchBuffer<double> sums(blocks);
   parallel_for(blocks, threads_for(a.rows * a.cols, blocks, a.threads), [&](int, int64_t first, int64_t last) {
-    SimdLevels<ConsensusBody<Storage>, const ReduceArguments&, int64_t, int64_t, double*>::run(
-        a.simd, a, first, last, sums.data());
+    SimdLevels<ConsensusBody<Storage>, const ReduceArguments&, int64_t, int64_t, double*>::run(a.simd, a, first, last,
+                                                                                               sums.data());
   });
   double total = 0.0;
   for (int64_t b = 0; b < blocks; ++b) total += sums.data()[b];
@@ -140,7 +140,7 @@ template <class Storage>
 void rows_are_finite(const ReduceArguments& a, uint8_t* out) {
   parallel_for(a.rows, threads_for(a.rows * a.cols, a.rows, a.threads), [&](int, int64_t first, int64_t last) {
     SimdLevels<FiniteBody<Storage>, const ReduceArguments&, int64_t, int64_t, uint8_t*>::run(a.simd, a, first, last,
-                                                                                         out);
+                                                                                             out);
   });
 }
 

@@ -26,8 +26,8 @@ std::vector<RelayEntry> entries(RuleList<RuleOf...>) {
 
 const std::vector<RelayEntry>& relay_registry() {
   using namespace rules;
-  static const std::vector<RelayEntry> table =
-      entries(RuleList<dsgd::Dsgd, dsgd::Dsgdm, dsgd::DsgdmN, relay::RelayGrad, relay::RelayGradM, relay::RelayGradMN>{});
+  static const std::vector<RelayEntry> table = entries(
+      RuleList<dsgd::Dsgd, dsgd::Dsgdm, dsgd::DsgdmN, relay::RelayGrad, relay::RelayGradM, relay::RelayGradMN>{});
   return table;
 }
 

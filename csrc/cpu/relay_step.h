@@ -55,8 +55,8 @@ struct RelayTile {
     }
   }
 
-  static QGM_HD void relay(const RelayStepArguments& a, int64_t k, int64_t begin, int64_t length, const T* h,
-                           T* fresh, T* mixed) {
+  static QGM_HD void relay(const RelayStepArguments& a, int64_t k, int64_t begin, int64_t length, const T* h, T* fresh,
+                           T* mixed) {
     const int32_t* const offsets = a.offsets + k * (a.rows + 1);
     const int32_t* const senders = a.senders + k * a.edges();
     const int32_t* const reverse = a.reverse + k * a.edges();
@@ -127,7 +127,7 @@ void relay_step(const RelayStepArguments& a) {
   parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
     T* const mine = scratch.data() + thread * per_thread;
     SimdLevels<Tile, const RelayStepArguments&, int64_t, int64_t, T*, T*>::run(a.simd, typed, first, last, mine,
-                                                                             mine + own);
+                                                                               mine + own);
   });
 }
 

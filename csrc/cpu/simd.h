@@ -17,8 +17,8 @@ enum class Simd : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"), flatten, noinline))
 
 inline Simd best_simd() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     return Simd::kAvx512;
   }
   return __builtin_cpu_supports("avx2") ? Simd::kAvx2 : Simd::kBaseline;
@@ -33,9 +33,12 @@ struct SimdLevels {
 
   static void run(Simd level, Arguments... a) {
     switch (level) {
-      case Simd::kAvx512: return avx512(a...);
-      case Simd::kAvx2: return avx2(a...);
-      case Simd::kBaseline: return baseline(a...);
+      case Simd::kAvx512:
+        return avx512(a...);
+      case Simd::kAvx2:
+        return avx2(a...);
+      case Simd::kBaseline:
+        return baseline(a...);
     }
   }
 };

@@ -16,8 +16,8 @@
 namespace qgm::cpu {
 
 template <class Storage>
-constexpr DType kDTypeOf = std::is_same_v<Storage, float>    ? DType::kFloat32
-                           : std::is_same_v<Storage, double> ? DType::kFloat64
+constexpr DType kDTypeOf = std::is_same_v<Storage, float>      ? DType::kFloat32
+                           : std::is_same_v<Storage, double>   ? DType::kFloat64
                            : std::is_same_v<Storage, bfloat16> ? DType::kBFloat16
                                                                : DType::kFloat16;
 
@@ -57,10 +57,10 @@ struct StoredRows {
     if constexpr (std::is_same_v<T, float>) {
       if (dtype == DType::kBFloat16) {
         SimdLevels<WidenBody<bfloat16>, const bfloat16*, int64_t, float*>::run(simd, static_cast<const bfloat16*>(from),
-                                                                              count, to);
+                                                                               count, to);
       } else {
         SimdLevels<WidenBody<float16>, const float16*, int64_t, float*>::run(simd, static_cast<const float16*>(from),
-                                                                            count, to);
+                                                                             count, to);
       }
     }
   }
@@ -69,10 +69,10 @@ struct StoredRows {
     if constexpr (std::is_same_v<T, float>) {
       if (dtype == DType::kBFloat16) {
         SimdLevels<NarrowBody<bfloat16>, const float*, int64_t, bfloat16*>::run(simd, from, count,
-                                                                               static_cast<bfloat16*>(to));
+                                                                                static_cast<bfloat16*>(to));
       } else {
         SimdLevels<NarrowBody<float16>, const float*, int64_t, float16*>::run(simd, from, count,
-                                                                             static_cast<float16*>(to));
+                                                                              static_cast<float16*>(to));
       }
     }
   }

@@ -53,10 +53,7 @@ struct D2Plus {
   bool moves;
 
   explicit D2Plus(const double* hyper)
-      : eta(T(hyper[0])),
-        wd(T(hyper[1])),
-        per_eta(T(hyper[0] == 0.0 ? 0.0 : 1.0 / hyper[0])),
-        moves(hyper[0] != 0.0) {}
+      : eta(T(hyper[0])), wd(T(hyper[1])), per_eta(T(hyper[0] == 0.0 ? 0.0 : 1.0 / hyper[0])), moves(hyper[0] != 0.0) {}
 
   QGM_HD void local(T x, T g, Values<T, 1>& c, Values<T, 1>& x_half) const {
     x_half[0] = x - eta * (g + wd * x + c[0]);
@@ -82,9 +79,7 @@ struct ExactDiffusion {
 
   explicit ExactDiffusion(const double* hyper) : eta(T(hyper[0])), wd(T(hyper[1])) {}
 
-  QGM_HD void local(T x, T g, Values<T, 1>& c, Values<T, 1>& phi) const {
-    phi[0] = x - eta * (g + wd * x) + c[0];
-  }
+  QGM_HD void local(T x, T g, Values<T, 1>& c, Values<T, 1>& phi) const { phi[0] = x - eta * (g + wd * x) + c[0]; }
 
   QGM_HD void merge(T& x, T g, Values<T, 1>& c, const Values<T, 1>& mixed) const {
     c[0] = mixed[0] - (x - eta * (g + wd * x));

@@ -25,9 +25,7 @@ struct Dsgd {
 
   explicit Dsgd(const double* hyper) : eta(T(hyper[0])), wd(T(hyper[1])) {}
 
-  QGM_HD void local(T x, T g, Values<T, 0>&, Values<T, 1>& x_half) const {
-    x_half[0] = x - eta * (g + wd * x);
-  }
+  QGM_HD void local(T x, T g, Values<T, 0>&, Values<T, 1>& x_half) const { x_half[0] = x - eta * (g + wd * x); }
 
   QGM_HD void merge(T& x, T, Values<T, 0>&, const Values<T, 1>& mixed) const { x = mixed[0]; }
 };
@@ -47,24 +45,21 @@ struct DsgdCta {
 
   QGM_HD void local(T x, T, Values<T, 0>&, Values<T, 1>& sent) const { sent[0] = x; }
 
-  QGM_HD void merge(T& x, T g, Values<T, 0>&, const Values<T, 1>& mixed) const {
-    x = mixed[0] - eta * (g + wd * x);
-  }
+  QGM_HD void merge(T& x, T g, Values<T, 0>&, const Values<T, 1>& mixed) const { x = mixed[0] - eta * (g + wd * x); }
 };
 
 template <class T, bool kNesterov>
 struct Momentum {
   static constexpr const char* kName = kNesterov ? "dsgdm_n" : "dsgdm";
-  static constexpr int kHyper = 3;  // eta, beta, wd
-  static constexpr int kStates = 1; // m
+  static constexpr int kHyper = 3;   // eta, beta, wd
+  static constexpr int kStates = 1;  // m
   static constexpr int kMessages = 1;
   static constexpr unsigned kLocalReads = 1, kLocalWrites = 1, kMergeReads = 0, kMergeWrites = 0;
   static constexpr bool kMergeReadsX = false, kMergeReadsGrad = false;
 
   T eta, beta, wd;
 
-  explicit Momentum(const double* hyper)
-      : eta(T(hyper[0])), beta(T(hyper[1])), wd(T(hyper[2])) {}
+  explicit Momentum(const double* hyper) : eta(T(hyper[0])), beta(T(hyper[1])), wd(T(hyper[2])) {}
 
   QGM_HD void local(T x, T g, Values<T, 1>& m, Values<T, 1>& x_half) const {
     const T decayed = g + wd * x;

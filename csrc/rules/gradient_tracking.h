@@ -51,8 +51,7 @@ struct GradientTrackingMomentum {
 
   T eta, beta, wd;
 
-  explicit GradientTrackingMomentum(const double* hyper)
-      : eta(T(hyper[0])), beta(T(hyper[1])), wd(T(hyper[2])) {}
+  explicit GradientTrackingMomentum(const double* hyper) : eta(T(hyper[0])), beta(T(hyper[1])), wd(T(hyper[2])) {}
 
   QGM_HD void local(T x, T g, Values<T, 2>& state, Values<T, 2>& sent) const {
     sent[0] = x;

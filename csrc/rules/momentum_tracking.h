@@ -78,9 +78,7 @@ struct DecentLam {
         eta_beta(T(hyper[0] * hyper[1])),
         per_eta(T(hyper[0] == 0.0 ? 0.0 : 1.0 / hyper[0])) {}
 
-  QGM_HD void local(T x, T g, Values<T, 1>&, Values<T, 1>& x_half) const {
-    x_half[0] = x - eta * (g + wd * x);
-  }
+  QGM_HD void local(T x, T g, Values<T, 1>&, Values<T, 1>& x_half) const { x_half[0] = x - eta * (g + wd * x); }
 
   // x - eta (beta m + d) is mixed - eta beta m: written so, no difference is divided and multiplied back.
   QGM_HD void merge(T& x, T, Values<T, 1>& m, const Values<T, 1>& mixed) const {

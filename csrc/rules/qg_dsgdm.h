@@ -21,8 +21,8 @@ namespace qgm::rules::qg_dsgdm {
 template <class T, bool kNesterov>
 struct QuasiGlobal {
   static constexpr const char* kName = kNesterov ? "qg_dsgdm_n" : "qg_dsgdm";
-  static constexpr int kHyper = 4;  // eta, beta, mu, wd
-  static constexpr int kStates = 1; // m_hat
+  static constexpr int kHyper = 4;   // eta, beta, mu, wd
+  static constexpr int kStates = 1;  // m_hat
   static constexpr int kMessages = 1;
   static constexpr unsigned kLocalReads = 1, kLocalWrites = 0, kMergeReads = 1, kMergeWrites = 1;
   static constexpr bool kMergeReadsX = true, kMergeReadsGrad = false;
@@ -53,8 +53,8 @@ struct QuasiGlobal {
 template <class T, bool kNesterov>
 struct QuasiGlobalMultistep {
   static constexpr const char* kName = kNesterov ? "qg_dsgdm_n_multistep" : "qg_dsgdm_multistep";
-  static constexpr int kHyper = 6;  // eta, beta, mu, wd, k, update (0 or 1)
-  static constexpr int kStates = 2; // m_hat, v
+  static constexpr int kHyper = 6;   // eta, beta, mu, wd, k, update (0 or 1)
+  static constexpr int kStates = 2;  // m_hat, v
   static constexpr int kMessages = 1;
   static constexpr unsigned kLocalReads = 1, kLocalWrites = 0, kMergeReads = 3, kMergeWrites = 3;
   static constexpr bool kMergeReadsX = true, kMergeReadsGrad = false;

@@ -1,18 +1,36 @@
 """The algorithms by name: ``names()``, ``get("qg_dsgdm_n", lr=0.1, ...)``. One algorithm family, one file."""
 
 from qgm_ext.algorithms.base import (
+    AdamAlgorithm,
     Algorithm,
+    MomentumAlgorithm,
     Pass,
     RelayPass,
     Step,
     check_number,
     get,
     get_class,
+    identity_mixing,
     load_all,
+    mean_mixing,
     names,
     register,
 )
 
 load_all(__name__, __path__)
 
-__all__ = ["Algorithm", "Pass", "RelayPass", "Step", "check_number", "get", "get_class", "names", "register"]
+__all__ = [
+    "AdamAlgorithm",
+    "Algorithm",
+    "MomentumAlgorithm",
+    "Pass",
+    "RelayPass",
+    "Step",
+    "check_number",
+    "get",
+    "get_class",
+    "identity_mixing",
+    "mean_mixing",
+    "names",
+    "register",
+]

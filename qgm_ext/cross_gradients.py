@@ -393,4 +393,4 @@ def make_optimizer(
     if isinstance(algorithm, CrossGradientAlgorithm):
         algorithm.check_model(model)
         return CrossOptimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
-    return StackedOptimizer(x, topology, algorithm, on_nonfinite=on_nonfinite, **hyper)
+    return StackedOptimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qgm_ext import algorithms, ops
 from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, check_number
-from qgm_ext.flat import padded
+from qgm_ext.flat import FlatLayout, padded
 from qgm_ext.topology import Topology
 
 __all__ = ["NonFiniteGradientError", "OnNonfinite", "StackedOptimizer"]
@@ -36,6 +36,8 @@ class StackedOptimizer:
         on_nonfinite: what a gradient with an infinity or NaN does: "ignore" steps all the same, as torch does; "skip"
             leaves everything as it is and counts the step in ``skipped_steps``; "raise" leaves everything as it is
             and raises. The last two read the gradient once more, and wait for the device.
+        layout: where single parameters lie in a row: compressors then take each for itself, and gaps are not sent.
+            (Default: a row is one parameter.)
         **hyper: hyper-parameters of the algorithm, if it is given by name: lr, momentum, ...
 
     Attributes:
@@ -65,6 +67,7 @@ class StackedOptimizer:
         algorithm: str | Algorithm,
         *,
         on_nonfinite: OnNonfinite = "ignore",
+        layout: FlatLayout | None = None,
         **hyper: Any,
     ) -> None:
         if not isinstance(x, Tensor):
@@ -100,6 +103,7 @@ class StackedOptimizer:
         self.skipped_steps = 0
         n, dim = x.shape
         algorithm.check(topology, self.x)
+        self._segments = _segments(layout, x.shape[1])
         self.bytes_sent = 0
         self.bytes_sent_per_step = 0
         self._previous_lr: float | None = None
@@ -154,7 +158,7 @@ class StackedOptimizer:
         """The step itself, after the checks."""
         previous = eta if self._previous_lr is None else self._previous_lr
         scalars = dict(self._scalars)
-        step = Step(self.num_steps, eta, previous, self.topology, self.x, g, self._state, scalars)
+        step = Step(self.num_steps, eta, previous, self.topology, self.x, g, self._state, scalars, self._segments)
         self.bytes_sent_per_step = sum(self._run(part, g) for part in self.algorithm.passes(step))
         self.bytes_sent += self.bytes_sent_per_step
         self._scalars = scalars
@@ -168,7 +172,7 @@ class StackedOptimizer:
             state = [self._state[name] for name in part.state]
             tensors = part.trees.tensors(self.x.device)
             ops.relay_step_(self.x, g, state, messages, tensors, counts, part.rule, part.hyper)
-            return messages.shape[0] * messages.shape[1] * compute.itemsize
+            return messages.shape[0] * self._num_sent * compute.itemsize
         ops.gossip_step_(
             self.x,
             g,
@@ -179,12 +183,21 @@ class StackedOptimizer:
             part.hyper,
             part.row_scalars,
         )
-        n, dim = self.x.shape
         # An all-reduce moves 2 (n - 1) / n vectors for each worker.
-        links = 2 * (n - 1) if part.exact_mean else part.mixing.num_links
+        links = 2 * (len(self.x) - 1) if part.exact_mean else part.mixing.num_links
         if part.message_bytes is not None:
             return links * part.message_bytes
-        return links * dim * compute.itemsize * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
+        return (
+            links
+            * self._num_sent
+            * compute.itemsize
+            * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
+        )
+
+    @property
+    def _num_sent(self) -> int:
+        """How many numbers a vector holds, gaps left out."""
+        return sum(length for _, length in self._segments)
 
     def _gradient_is_finite(self, g: Tensor) -> bool:
         finite = ops.rows_are_finite(g)
@@ -255,3 +268,12 @@ class StackedOptimizer:
     def __repr__(self) -> str:
         n, dim = self.x.shape
         return f"StackedOptimizer({n} workers, D={dim}, {self.topology.name}, {self.algorithm})"
+
+
+def _segments(layout: FlatLayout | None, dim: int) -> tuple[tuple[int, int], ...]:
+    """(first, length) of each parameter in a row."""
+    if layout is None:
+        return ((0, dim),)
+    if layout.size != dim:
+        raise ValueError(f"layout has {layout.size} elements, but x has rows of {dim}")
+    return tuple((offset, shape.numel()) for offset, shape in zip(layout.offsets, layout.shapes, strict=True))

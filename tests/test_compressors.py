@@ -8,6 +8,7 @@ import torch
 
 from qgm_ext import StackedOptimizer, algorithms, compressors, topology
 from qgm_ext.compressors import Identity, Qsgd, RandomK, ScaledSign, TopK
+from qgm_ext.flat import FlatLayout
 
 F64 = torch.float64
 
@@ -151,6 +152,20 @@ def test_choco_agrees_on_the_mean_with_every_compressor(name, order):
 
 
 def test_choco_compresses_segments_each_for_itself():
-    algorithm = algorithms.get("choco_sgd", lr=0.1, compressor="sign", segments=((0, 2), (2, 2)))
-    x = torch.tensor([[0.0, -3.0, 1.0, 4.0]])
-    assert algorithm.compress(x, 0).tolist() == [[1.5, -1.5, 2.5, 2.5]]  # sign(0) = +1
+    algorithm = algorithms.get("choco_sgd", lr=0.1, compressor="sign")
+    x = torch.tensor([[0.0, -3.0, 9.0, 1.0, 4.0]])
+    sent = algorithm.compress(x, 0, [(0, 2), (3, 2)])
+    assert sent.tolist() == [[1.5, -1.5, 0.0, 2.5, 2.5]]  # sign(0) = +1; nothing between parameters
+    layout = FlatLayout([(3,), (2, 5)])
+    opt = StackedOptimizer(
+        layout.allocate(4, dtype=torch.float32, device="cpu"), topology.ring(4), algorithm, layout=layout
+    )
+    g = layout.allocate(4, dtype=torch.float32, device="cpu")
+    for view in layout.views(g):
+        view.fill_(1.0)
+    opt.step(g)
+    assert opt.bytes_sent == 8 * ((1 + 4) + (2 + 4))
+    assert (opt.x[:, 3:64] == 0).all()
+    assert (opt.x[:, 74:] == 0).all()
+    with pytest.raises(ValueError, match="layout has 128 elements, but x has rows of 5"):
+        StackedOptimizer(torch.zeros(4, 5), topology.ring(4), "dsgd", lr=0.1, layout=layout)

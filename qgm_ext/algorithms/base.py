@@ -85,6 +85,7 @@ class Step:
         g: gradients, [n, D].
         state: the state vectors by name, [n, D].
         scalars: numbers that the algorithm keeps for each worker, [n] float64 by name; values may be replaced.
+        segments: (first, length) of each parameter in a row.
     """
 
     number: int
@@ -95,6 +96,7 @@ class Step:
     g: Tensor
     state: Mapping[str, Tensor]
     scalars: dict[str, Tensor]
+    segments: tuple[tuple[int, int], ...]
 
     @property
     def mixing(self) -> Mixing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -29,6 +29,7 @@ class ChocoSgd(MomentumAlgorithm):
         q_i = Q(x_i^+ - \hat x_i), \quad \hat x_j \leftarrow \hat x_j + q_j
 
     D is the gradient with weight decay, or with momentum m <- beta m + g', or g' + beta m (Nesterov); m is local.
+    Q takes each parameter for itself where the optimizer knows them (in the Simulator), else a worker's whole row.
     x_hat = 0 at the start; sum_j w_ij x_hat_j is kept as one vector. With compressor "none" and gamma = 1 "atc" is
     DSGD, and "cta" is DSGD that combines first, from the second step on. A step is two fused passes around the
     compressor, and one compressed vector to each neighbour.
@@ -43,8 +44,6 @@ class ChocoSgd(MomentumAlgorithm):
         bits: of qsgd, 1 to 16.
         unbiased: random_k and qsgd with the factor that makes their mean the vector; the codes' default is biased.
         seed: of random_k and qsgd.
-        segments: (first, length) of the parameters that are compressed each for itself, as in the deep learning code.
-            (Default: the whole vector.)
 
     Source: Koloskova, Stich, Jaggi, "Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
     Communication" (ICML 2019, arXiv 1902.00340); epfml/ChocoSGD (deep learning code: x_hat = 0; its convex code
@@ -64,7 +63,6 @@ class ChocoSgd(MomentumAlgorithm):
     bits: int = 4
     unbiased: bool = False
     seed: int = 0
-    segments: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,13 +88,11 @@ class ChocoSgd(MomentumAlgorithm):
         m, known, mixed, message = self.state_names
         before, after = (0.0, self.gamma) if self.order == "atc" else (self.gamma, 0.0)
         hyper = [step.lr, self.momentum, self.weight_decay, before, float(self.nesterov)]
-        n, dim = step.x.shape
-        yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(n))
+        yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(len(step.x)))
         vector = step.state[message]
         compressor = self.make_compressor()
-        vector.copy_(self.compress(vector, step.number))
-        lengths = [length for _, length in self.segments or [(0, dim)]]
-        size = sum(compressor.message_bytes(length, vector.element_size()) for length in lengths)
+        vector.copy_(self.compress(vector, step.number, step.segments))
+        size = sum(compressor.message_bytes(length, vector.element_size()) for _, length in step.segments)
         yield Pass("choco_receive", [after], (known, mixed, message), step.mixing, message_bytes=size)
 
     def make_compressor(self) -> compressors.Compressor:
@@ -109,12 +105,15 @@ class ChocoSgd(MomentumAlgorithm):
             return compressors.RandomK(self.ratio, self.unbiased)
         return compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
 
-    def compress(self, vectors: Tensor, step: int) -> Tensor:
-        """Compress what each worker sends in a step, [n, D]; draws depend on seed, step and worker."""
+    def compress(self, vectors: Tensor, step: int, segments: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Compress what each worker sends in a step, [n, D], each segment for itself.
+
+        Draws depend on seed, step and worker. Between segments the result is zero.
+        """
         compressor, out = self.make_compressor(), torch.zeros_like(vectors)
         sources = [
             compressors.generator(self.seed, step, i) for i in range(len(vectors) if compressor.is_random else 0)
         ]
-        for first, length in self.segments or [(0, vectors.shape[1])]:
+        for first, length in segments or [(0, vectors.shape[1])]:
             out[:, first : first + length] = compressor(vectors[:, first : first + length], sources)
         return out

@@ -1,6 +1,10 @@
 // The few macros that let one source serve the C++ compiler, nvcc and the sanitizers.
 #pragma once
 
+#if defined(QGM_EMULATE_CUDA)
+#include "cuda_emulation.h"  // says what __host__ and the like are
+#endif
+
 #if defined(__CUDACC__) || defined(QGM_EMULATE_CUDA)
 #define QGM_HD __host__ __device__ __forceinline__
 #else

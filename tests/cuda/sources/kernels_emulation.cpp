@@ -11,7 +11,6 @@
 #include "cpu/gossip_step.h"
 #include "cpu/process_step.h"
 #include "cpu/reduce.h"
-#include "cuda/device.h"  // first: it says what __host__ and the like are
 #include "cuda/gossip_step.h"
 #include "cuda/process_step.h"
 #include "cuda/reduce.cu"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,10 +78,6 @@ class CrossOptimizer(StackedOptimizer):
     Args:
         layout: where the parameter tensors lie in a row of x.
         x, topology, algorithm, on_nonfinite: as in :class:`StackedOptimizer`.
-
-    Attributes:
-        bytes_sent, bytes_sent_per_step: what all workers together have sent, in all steps and in the last one. Vectors
-            count with the dtype of arithmetic, float32 or float64, without the gaps between tensors.
     """
 
     _takes_models = True
@@ -97,22 +92,15 @@ class CrossOptimizer(StackedOptimizer):
         on_nonfinite: OnNonfinite = "ignore",
         **hyper: Any,
     ) -> None:
-        super().__init__(x, topology, algorithm, on_nonfinite=on_nonfinite, **hyper)
-        algorithm.check_network(topology)
+        super().__init__(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
         self.layout = layout
         self.compute = ops.compute_dtype(x.dtype)
-        self.bytes_sent = 0
-        self.bytes_sent_per_step = 0
         self._method = algorithm
         self._sent_now = 0
         self._point: Tensor | None = None  # x before the step, while it is not taken
         self._pending: dict[str, Tensor] = {}
         self._alone = Mixing.from_matrix(np.eye(len(x)))
         self._links: tuple[Mixing, Links] | None = None
-        self._relaxed: tuple[Mixing, float, Mixing] | None = None
-        for name in algorithm.link_state_names:
-            count = len(self.links(0))
-            self._state[name] = torch.zeros(count, x.shape[1], dtype=self.compute, device=x.device)
 
     def links(self, step: int) -> Links:
         """Who receives from whom in a step."""
@@ -121,15 +109,10 @@ class CrossOptimizer(StackedOptimizer):
             self._links = (mixing, Links(mixing))
         return self._links[1]
 
-    @cached_property
-    def num_parameters(self) -> int:
-        """Of one worker, without the gaps of the layout."""
-        return sum(shape.numel() for shape in self.layout.shapes)
-
     @property
     def vector_bytes(self) -> int:
         """Size of a message that holds one number for each parameter."""
-        return self.num_parameters * self.compute.itemsize
+        return self._num_sent * self.compute.itemsize
 
     def compressed_bytes(self, compressor: Compressor) -> int:
         """Size of such a message when each parameter tensor is compressed."""
@@ -200,19 +183,10 @@ class CrossOptimizer(StackedOptimizer):
 
     def mix(self, vectors: Tensor, gamma: float, step: int) -> None:
         """vectors <- vectors + gamma (W - I) vectors, in place, [n, D]."""
-        mixing = self._relax(self.topology.mixing(step), gamma)
+        mixing = self.topology.mixing(step).relaxed(gamma)
         tensors = mixing.tensors(vectors.device, self.compute)
         # The rule of DSGD without a gradient step is gossip averaging.
         ops.gossip_step_(vectors, torch.zeros_like(vectors), [], tensors, mixing.form, "dsgd", [0.0, 0.0])
-
-    def _relax(self, mixing: Mixing, gamma: float) -> Mixing:
-        """(1 - gamma) I + gamma W."""
-        if gamma == 1.0:
-            return mixing
-        if self._relaxed is None or self._relaxed[0] is not mixing or self._relaxed[1] != gamma:
-            matrix = gamma * mixing.to_matrix() + (1.0 - gamma) * np.eye(mixing.num_workers)
-            self._relaxed = (mixing, gamma, Mixing.from_matrix(matrix))
-        return self._relaxed[2]
 
     def compress(self, compressor: Compressor, vectors: Tensor, streams: Sequence[int], seed: int) -> Tensor:
         """Compress each parameter tensor of each row; the row's random numbers depend on seed, step and its stream."""
@@ -224,13 +198,6 @@ class CrossOptimizer(StackedOptimizer):
             if given.numel():
                 packed.copy_(compressor(given.flatten(1), sources).view_as(packed))
         return out
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "bytes_sent": self.bytes_sent}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.bytes_sent = state_dict["bytes_sent"]
 
 
 class Probes:

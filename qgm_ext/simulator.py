@@ -66,7 +66,7 @@ class Simulator:
             drops it) of the gradient of the last step; values written into them are what the next step starts from.
             Saving one saves the memory of all: save ``average_model()`` or a ``copy.deepcopy`` instead.
         opt: the :class:`StackedOptimizer`. ``opt.lr`` may be assigned.
-        g: gradients of the last step, after clipping, [n, D].
+        g: gradients of the last step, after clipping, [n, D]; what the algorithm made of them, where it takes several.
         clip_grad_norm: may be assigned.
         engine_seconds: what engine="auto" measured: seconds per engine; else empty.
 

@@ -400,6 +400,14 @@ def test_engines_agree(name, case):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["ngc", "ccl"])
+def test_engine_auto_leaves_no_trace_of_its_measurement(name):
+    auto, loop = (simulator(name, topology.ring(4), engine) for engine in ("auto", "loop"))
+    advance(auto, 2), advance(loop, 2)
+    assert auto.engine != "auto"
+    torch.testing.assert_close(auto.opt.x, loop.opt.x, rtol=1e-9, atol=1e-11)
+
+
 # Facts ----------------------------------------------------------------------------------------------------------------
 
 

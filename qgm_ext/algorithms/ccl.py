@@ -74,6 +74,7 @@ class Ccl(MixFirstAlgorithm):
 
     name: ClassVar[str] = "ccl"
     source: ClassVar[str] = "Aketi, Roy 2024, arXiv 2310.15890"
+    needs: ClassVar[str] = "symmetric (lambda_d > 0)"
 
     nesterov: bool = True
     lambda_m: float = 0.1
@@ -92,7 +93,8 @@ class Ccl(MixFirstAlgorithm):
             return -(1 + beta - beta**2) / (1 + beta + beta**2)
         return -1 / (1 + 2 * beta)
 
-    def check_network(self, topology: Topology) -> None:
+    def check(self, topology: Topology, x: Tensor) -> None:
+        super().check(topology, x)
         if self.lambda_d > 0:
             self.needs_both_directions(topology)
         if topology.is_time_varying or not topology.is_symmetric:

@@ -44,14 +44,6 @@ class CrossGradientAlgorithm(Algorithm):
         if not isinstance(self.nesterov, bool):
             raise TypeError(f"nesterov must be a bool, got {self.nesterov!r}")
 
-    @property
-    def link_state_names(self) -> tuple[str, ...]:
-        """State vectors that a worker keeps for each neighbour, one for each link; zero at the start."""
-        return ()
-
-    def check_network(self, topology: Topology) -> None:
-        """Raise ValueError for a topology that this algorithm can't work on; called before the first step."""
-
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError for a model that this algorithm can't train; called before the first step."""
 

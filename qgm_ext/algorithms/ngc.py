@@ -62,6 +62,7 @@ class Ngc(MixFirstAlgorithm):
     name: ClassVar[str] = "ngc"
     messages: ClassVar[int] = 2
     source: ClassVar[str] = "Aketi et al. 2022, arXiv 2209.14390"
+    needs: ClassVar[str] = "symmetric (alpha > 0)"
 
     nesterov: bool = True
     alpha: float = 1.0
@@ -82,7 +83,8 @@ class Ngc(MixFirstAlgorithm):
         """How far up the slope gradients are taken; N-SADDLe's rho."""
         return 0.0
 
-    def check_network(self, topology: Topology) -> None:
+    def check(self, topology: Topology, x: Tensor) -> None:
+        super().check(topology, x)
         if self.alpha > 0:
             self.needs_both_directions(topology)
 
@@ -137,11 +139,12 @@ class CompNgc(Ngc):
         bits: of qsgd, without the sign. ratio: share that top_k and random_k leave out. seed: of the random ones.
 
     Example:
-        >>> CompNgc(lr=0.1).link_state_names
-        ('link_error_memory',)
+        >>> CompNgc(lr=0.1).state_names
+        ('momentum_buffer', 'sent_params', 'own_error_memory', 'link_error_memory')
     """
 
     name: ClassVar[str] = "comp_ngc"
+    needs: ClassVar[str] = "symmetric, static"
 
     compressor: str = "sign"
     bits: int = 7
@@ -155,14 +158,13 @@ class CompNgc(Ngc):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        return (*super().state_names, "own_error_memory")
+        return (*super().state_names, "own_error_memory", "link_error_memory")
 
-    @property
-    def link_state_names(self) -> tuple[str, ...]:
-        return ("link_error_memory",)
+    def state_rows(self, name: str, topology: Topology) -> int:
+        return topology.mixing(0).num_links if name == "link_error_memory" else topology.num_workers
 
-    def check_network(self, topology: Topology) -> None:
-        super().check_network(topology)
+    def check(self, topology: Topology, x: Tensor) -> None:
+        super().check(topology, x)
         if topology.is_time_varying:
             raise ValueError(
                 f"{self.name} keeps an error memory for each neighbour, so the neighbours must be the same in every "

@@ -2,7 +2,8 @@
 
 Environment:
     QGM_CUDA: "auto" (default: build _cuda if nvcc is found), "0" (never), "1" (required: no nvcc is an error).
-    QGM_CUDA_ARCHS: architectures such as "80;90"; default: all from 7.5 up that this nvcc knows, and PTX.
+    QGM_CUDA_ARCHS: architectures such as "80;90"; default: the first of each generation from 7.5 up
+        that this nvcc knows, and PTX; its code runs on the rest of the generation.
     CUDA_HOME or CUDACXX: where nvcc is, if it is not on PATH or in /usr/local/cuda.
     MAX_JOBS: compilers to run side by side (default: one per core).
 """
@@ -97,7 +98,9 @@ def gencode_flags(nvcc: str) -> list[str]:
     chosen = [int(arch.replace(".", "")) for arch in re.split(r"[;, ]+", os.environ.get("QGM_CUDA_ARCHS", "")) if arch]
     if unknown := sorted(set(chosen) - set(known)):
         sys.exit(f"QGM_CUDA_ARCHS: {unknown} not known to {nvcc}, which has {known}")
-    archs = sorted(chosen) or [arch for arch in known if arch >= OLDEST_CUDA_ARCH]
+    # One architecture of each generation: its code runs on the later ones of the generation too (8.0 on 8.6 and 8.9).
+    by_generation = {arch // 10: arch for arch in sorted(known, reverse=True) if arch >= OLDEST_CUDA_ARCH}
+    archs = sorted(chosen or by_generation.values())
     # One PTX for all from 8.0 up: it is compiled once, it is what tests/cuda runs, and newer GPUs load it too.
     virtual = {arch: 80 if arch >= 80 else arch for arch in archs}
     flags = [f"-gencode=arch=compute_{virtual[arch]},code=sm_{arch}" for arch in archs]

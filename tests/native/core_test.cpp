@@ -185,7 +185,8 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
   squared_norms<Storage>(reduce, norms.data());
   consensus_distance<Storage>(reduce, &distance);
   rows_are_finite<Storage>(reduce, finite.data());
-  check(std::isfinite(distance) && distance >= 0 && finite.back() == 1 && norms.back() >= 0, "reductions", rule, n, dim);
+  check(std::isfinite(distance) && distance >= 0 && finite.back() == 1 && norms.back() >= 0, "reductions", rule, n,
+        dim);
 }
 
 void run_all(int64_t n, int64_t dim, MixingForm form, int threads) {

@@ -81,13 +81,11 @@ T shuffle(unsigned mask, T value, int source, int width) {
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return cuda_emulation::shuffle(mask, value, cuda_emulation::lane() + static_cast<int>(delta),
-                                 width);
+  return cuda_emulation::shuffle(mask, value, cuda_emulation::lane() + static_cast<int>(delta), width);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return cuda_emulation::shuffle(mask, value, cuda_emulation::lane() - static_cast<int>(delta),
-                                 width);
+  return cuda_emulation::shuffle(mask, value, cuda_emulation::lane() - static_cast<int>(delta), width);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
@@ -101,15 +99,12 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   unsigned result = 0;
   for (int k = 0; k < 32; ++k) {
-    if ((mask >> k & 1) && cuda_emulation::exchange(mask, predicate != 0, k, true))
-      result |= 1u << k;
+    if ((mask >> k & 1) && cuda_emulation::exchange(mask, predicate != 0, k, true)) result |= 1u << k;
   }
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) == mask;
-}
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
 // ---------------------------------------------------------------------------------------- bits and
 // arithmetic
@@ -121,9 +116,7 @@ inline long long __double_as_longlong(double value) { return std::bit_cast<long 
 inline double __longlong_as_double(long long bits) { return std::bit_cast<double>(bits); }
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
-inline int __ffs(int value) {
-  return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1;
-}
+inline int __ffs(int value) { return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1; }
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -200,9 +193,7 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; 
 inline unsigned short __half_as_ushort(__half value) { return value.bits; }
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 
-inline float __bfloat162float(__nv_bfloat16 value) {
-  return __uint_as_float(unsigned{value.bits} << 16);
-}
+inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(unsigned{value.bits} << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const unsigned bits = __float_as_uint(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
@@ -233,20 +224,14 @@ inline __half __float2half_rn(float value) {
   const unsigned short sign = static_cast<unsigned short>(bits >> 16 & 0x8000u);
   const float magnitude = __uint_as_float(bits & 0x7fffffffu);
   if (std::isnan(magnitude)) return {0x7fff};
-  if (magnitude >= 65520.0f)
-    return {static_cast<unsigned short>(sign | 0x7c00)};  // 65504 plus half a unit
+  if (magnitude >= 65520.0f) return {static_cast<unsigned short>(sign | 0x7c00)};  // 65504 plus half a unit
   // units of the last place that the result has; 2^-24 for subnormals. nearbyint rounds ties to
   // even.
   const int exponent = std::max(magnitude == 0.0f ? -14 : std::ilogb(magnitude), -14);
   const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
-  const int biased =
-      units < 1024 ? units : (exponent + 15) * 1024 + units - 1024;  // a carry moves on by itself
+  const int biased = units < 1024 ? units : (exponent + 15) * 1024 + units - 1024;  // a carry moves on by itself
   return {static_cast<unsigned short>(sign | biased)};
 }
 inline __half __float2half(float value) { return __float2half_rn(value); }
-inline __half2 __floats2half2_rn(float a, float b) {
-  return {__float2half_rn(a), __float2half_rn(b)};
-}
-inline float2 __half22float2(__half2 value) {
-  return {__half2float(value.x), __half2float(value.y)};
-}
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+inline float2 __half22float2(__half2 value) { return {__half2float(value.x), __half2float(value.y)}; }

@@ -43,8 +43,7 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 
 struct Options {
-  unsigned seed =
-      0;  // order in which threads run: 0 ascending, 1 descending, else shuffled at every barrier
+  unsigned seed = 0;  // order in which threads run: 0 ascending, 1 descending, else shuffled at every barrier
   // Let ThreadSanitizer see blocks as unordered, as they are. Only for kernels without static
   // __shared__ variables, which the blocks share here.
   bool unordered_blocks = false;
@@ -98,8 +97,8 @@ CUDA_EMULATION_INTERNAL inline Scheduler& scheduler() {
   const Scheduler& s = scheduler();
   const dim3 b = s.block ? s.block->index : dim3(0, 0, 0);
   const dim3 t = s.current ? s.current->thread : dim3(0, 0, 0);
-  std::fprintf(stderr, "cuda_emulation: %s: block (%u, %u, %u), thread (%u, %u, %u)\n", what, b.x,
-               b.y, b.z, t.x, t.y, t.z);
+  std::fprintf(stderr, "cuda_emulation: %s: block (%u, %u, %u), thread (%u, %u, %u)\n", what, b.x, b.y, b.z, t.x, t.y,
+               t.z);
   std::abort();
 }
 
@@ -125,8 +124,7 @@ CUDA_EMULATION_INTERNAL inline void switch_to_main([[maybe_unused]] bool for_goo
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, s.main_stack,
-                                 s.main_stack_bytes);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, s.main_stack, s.main_stack_bytes);
 #endif
   swapcontext(&self->context, &s.main);
 #if defined(__SANITIZE_ADDRESS__)
@@ -187,8 +185,7 @@ CUDA_EMULATION_INTERNAL inline void sync_threads() {
 
 // Waits until every lane of the mask is here. Orders no memory by itself.
 CUDA_EMULATION_INTERNAL inline void meet_warp(uint32_t mask) {
-  if ((mask >> (self().linear % kWarp) & 1) == 0)
-    fail("warp operation by a lane outside its own mask");
+  if ((mask >> (self().linear % kWarp) & 1) == 0) fail("warp operation by a lane outside its own mask");
   self().mask = mask;
   self().status = Status::kAtWarpOperation;
   switch_to_main(false);
@@ -280,8 +277,8 @@ CUDA_EMULATION_INTERNAL inline void prepare_block(Block& block, dim3 size, size_
     Fiber& fiber = block.fibers[k];
     fiber.linear = k;
     fiber.thread = dim3(k % size.x, k / size.x % size.y, k / (size.x * size.y));
-    fiber.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    fiber.stack = static_cast<char*>(
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -300,8 +297,7 @@ CUDA_EMULATION_INTERNAL inline void prepare_block(Block& block, dim3 size, size_
 #endif
 }
 
-CUDA_EMULATION_INTERNAL inline void discard_block(Block& block,
-                                                  [[maybe_unused]] size_t shared_bytes) {
+CUDA_EMULATION_INTERNAL inline void discard_block(Block& block, [[maybe_unused]] size_t shared_bytes) {
   for (Fiber& fiber : block.fibers) {
     munmap(fiber.stack, kStackBytes);
 #if defined(__SANITIZE_THREAD__)
@@ -316,16 +312,14 @@ CUDA_EMULATION_INTERNAL inline void discard_block(Block& block,
 
 // Runs `body`, which calls the kernel, once for every thread of the grid.
 template <class Body>
-CUDA_EMULATION_INTERNAL void launch(dim3 grid, dim3 block, size_t shared_bytes, Body body,
-                                    Options options = {}) {
+CUDA_EMULATION_INTERNAL void launch(dim3 grid, dim3 block, size_t shared_bytes, Body body, Options options = {}) {
   Scheduler& s = scheduler();
   s.grid = grid;
   s.block_size = block;
   s.shared_bytes = shared_bytes;
   s.body = body;
   const size_t threads = size_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0)
-    fail("launch configuration");
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0) fail("launch configuration");
 #if defined(__SANITIZE_THREAD__)
   s.main_tsan = __tsan_get_current_fiber();
 #endif

@@ -97,18 +97,10 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
 
 // ----------------------------------------------------------------------------------------------
 // streams, events
-cudaError_t cudaDeviceSynchronize() {
-  return counted("synchronise", "cudaDeviceSynchronize", nothing);
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return counted("synchronise", "cudaStreamSynchronize", nothing);
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t) {
-  return counted("synchronise", "cudaEventSynchronize", nothing);
-}
-cudaError_t cudaStreamQuery(cudaStream_t) {
-  return counted("synchronise", "cudaStreamQuery", nothing);
-}
+cudaError_t cudaDeviceSynchronize() { return counted("synchronise", "cudaDeviceSynchronize", nothing); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return counted("synchronise", "cudaStreamSynchronize", nothing); }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return counted("synchronise", "cudaEventSynchronize", nothing); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return counted("synchronise", "cudaStreamQuery", nothing); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
   return enter();

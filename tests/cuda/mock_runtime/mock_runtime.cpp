@@ -62,10 +62,8 @@ static cudaError_t check_launch(const Function& function, dim3 grid, dim3 block,
     return cudaErrorInvalidConfiguration;
   }
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads > static_cast<uint64_t>(attribute(cudaDevAttrMaxThreadsPerBlock)))
-    return cudaErrorInvalidConfiguration;
-  if (function.max_threads > 0 && threads > static_cast<uint64_t>(function.max_threads))
-    return cudaErrorInvalidValue;
+  if (threads > static_cast<uint64_t>(attribute(cudaDevAttrMaxThreadsPerBlock))) return cudaErrorInvalidConfiguration;
+  if (function.max_threads > 0 && threads > static_cast<uint64_t>(function.max_threads)) return cudaErrorInvalidValue;
   // without an opt-in a block gets 48 KB, static and dynamic together
   const size_t usual = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlock));
   const size_t allowed = std::max(usual, function.static_shared + function.dynamic_opt_in);
@@ -77,20 +75,18 @@ static cudaError_t check_launch(const Function& function, dim3 grid, dim3 block,
   return cudaSuccess;
 }
 
-static cudaError_t launch(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared,
-                          void* stream) {
+static cudaError_t launch(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, void* stream) {
   if (const cudaError_t error = enter(); error != cudaSuccess) return report(error);
   const Function* function = find(host);
   if (function == nullptr) return report(cudaErrorInvalidDeviceFunction);
-  if (const cudaError_t error = check_launch(*function, grid, block, shared);
-      error != cudaSuccess) {
+  if (const cudaError_t error = check_launch(*function, grid, block, shared); error != cudaSuccess) {
     return report(error);
   }
   count("launch", nullptr);
   const unsigned grid_size[3] = {grid.x, grid.y, grid.z};
   const unsigned block_size[3] = {block.x, block.y, block.z};
-  if (state().launch == nullptr || state().launch(function->name.c_str(), grid_size, block_size,
-                                                  arguments, shared, stream) != 0) {
+  if (state().launch == nullptr ||
+      state().launch(function->name.c_str(), grid_size, block_size, arguments, shared, stream) != 0) {
     state().sticky = cudaErrorLaunchFailure;
   }
   return state().sticky;
@@ -115,12 +111,9 @@ void mock_reset() {
 
 void mock_set_driver(int present) { state().driver = present != 0; }
 
-void mock_set_attribute(int which, int value) {
-  state().attributes[static_cast<cudaDeviceAttr>(which)] = value;
-}
+void mock_set_attribute(int which, int value) { state().attributes[static_cast<cudaDeviceAttr>(which)] = value; }
 
-void mock_set_function(const char* kernel, size_t static_shared_bytes, int registers,
-                       int max_threads) {
+void mock_set_function(const char* kernel, size_t static_shared_bytes, int registers, int max_threads) {
   for (auto& entry : functions()) {
     if (entry.second.name != kernel) continue;
     entry.second.static_shared = static_shared_bytes;
@@ -143,16 +136,15 @@ void** __cudaRegisterFatBinary(void* binary) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 
-void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*,
-                            uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   functions()[host].name = device;
 }
 // Variables live in the PTX machine; copying to them from the host is not supported, so nothing is
 // kept.
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared,
-                                     struct CUstream_st* stream) {
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st* stream) {
   state().configurations.push_back({grid, block, shared, stream});
   return 0;
 }
@@ -169,24 +161,22 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
   return cudaSuccess;  // an unknown function is reported by the launch
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
-                               size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
   return launch(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared, stream);
 }
 
 // ----------------------------------------------------------------------------------------------
 // launches, errors
-cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments,
-                             size_t shared, cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
   return launch(host, grid, block, arguments, shared, stream);
 }
 
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host,
-                                void** arguments) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
   // clusters and dependent launches are not modelled
   if (config->numAttrs != 0) return report(cudaErrorNotSupported);
-  return launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
-                config->stream);
+  return launch(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);
 }
 
 cudaError_t cudaPeekAtLastError() {
@@ -204,16 +194,12 @@ static const std::map<cudaError_t, std::pair<const char*, const char*>>& error_n
   static const std::map<cudaError_t, std::pair<const char*, const char*>> names = {
       {cudaSuccess, {"cudaSuccess", "no error"}},
       {cudaErrorInvalidValue, {"cudaErrorInvalidValue", "invalid argument"}},
-      {cudaErrorInvalidConfiguration,
-       {"cudaErrorInvalidConfiguration", "invalid configuration argument"}},
+      {cudaErrorInvalidConfiguration, {"cudaErrorInvalidConfiguration", "invalid configuration argument"}},
       {cudaErrorInsufficientDriver,
-       {"cudaErrorInsufficientDriver",
-        "CUDA driver version is insufficient for CUDA runtime version"}},
-      {cudaErrorInvalidDeviceFunction,
-       {"cudaErrorInvalidDeviceFunction", "invalid device function"}},
+       {"cudaErrorInsufficientDriver", "CUDA driver version is insufficient for CUDA runtime version"}},
+      {cudaErrorInvalidDeviceFunction, {"cudaErrorInvalidDeviceFunction", "invalid device function"}},
       {cudaErrorInvalidDevice, {"cudaErrorInvalidDevice", "invalid device ordinal"}},
-      {cudaErrorLaunchOutOfResources,
-       {"cudaErrorLaunchOutOfResources", "too many resources requested for launch"}},
+      {cudaErrorLaunchOutOfResources, {"cudaErrorLaunchOutOfResources", "too many resources requested for launch"}},
       {cudaErrorLaunchFailure, {"cudaErrorLaunchFailure", "unspecified launch failure"}},
       {cudaErrorNotSupported, {"cudaErrorNotSupported", "operation not supported"}},
   };
@@ -267,12 +253,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->warpSize = attribute(cudaDevAttrWarpSize);
   properties->maxThreadsPerBlock = attribute(cudaDevAttrMaxThreadsPerBlock);
   properties->maxThreadsPerMultiProcessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
-  properties->sharedMemPerBlock =
-      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlock));
-  properties->sharedMemPerBlockOptin =
-      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  properties->sharedMemPerMultiprocessor =
-      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
+  properties->sharedMemPerBlock = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlock));
+  properties->sharedMemPerBlockOptin = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  properties->sharedMemPerMultiprocessor = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
   properties->regsPerBlock = attribute(cudaDevAttrMaxRegistersPerBlock);
   properties->regsPerMultiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
   properties->l2CacheSize = attribute(cudaDevAttrL2CacheSize);
@@ -298,8 +281,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int 
   }
   if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return report(cudaErrorNotSupported);
   const size_t limit = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (value < 0 || function->static_shared + static_cast<size_t>(value) > limit)
-    return report(cudaErrorInvalidValue);
+  if (value < 0 || function->static_shared + static_cast<size_t>(value) > limit) return report(cudaErrorInvalidValue);
   function->dynamic_opt_in = static_cast<size_t>(value);
   return cudaSuccess;
 }
@@ -313,19 +295,16 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
   attributes->numRegs = function->registers;
   attributes->maxThreadsPerBlock =
       function->max_threads > 0 ? function->max_threads : attribute(cudaDevAttrMaxThreadsPerBlock);
-  attributes->maxDynamicSharedSizeBytes = static_cast<int>(std::max(
-      function->dynamic_opt_in, static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlock)) -
-                                    function->static_shared));
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(
+      std::max(function->dynamic_opt_in,
+               static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlock)) - function->static_shared));
   attributes->ptxVersion = attributes->binaryVersion =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-      attribute(cudaDevAttrComputeCapabilityMinor);
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host,
-                                                                   int threads,
-                                                                   size_t dynamic_shared,
-                                                                   unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int threads,
+                                                                   size_t dynamic_shared, unsigned) {
   if (const cudaError_t error = enter(); error != cudaSuccess) return report(error);
   const Function* function = find(host);
   if (function == nullptr) return report(cudaErrorInvalidDeviceFunction);
@@ -342,16 +321,14 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   if (function->registers > 0) {
     // registers are handed out to a warp in units of 256
     const int per_warp = (32 * function->registers + 255) / 256 * 256;
-    result =
-        std::min(result, attribute(cudaDevAttrMaxRegistersPerMultiprocessor) / (per_warp * warps));
+    result = std::min(result, attribute(cudaDevAttrMaxRegistersPerMultiprocessor) / (per_warp * warps));
   }
   *blocks = result;
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* host,
-                                                          int threads, size_t dynamic_shared) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, host, threads,
-                                                                dynamic_shared, 0);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* host, int threads,
+                                                          size_t dynamic_shared) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, host, threads, dynamic_shared, 0);
 }
 
 }  // extern "C"

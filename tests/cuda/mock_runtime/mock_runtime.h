@@ -13,8 +13,8 @@ extern "C" {
 // Runs one launch; `arguments[k]` points to the bytes of parameter k. Non-zero means that the
 // kernel failed, which is reported as cudaErrorLaunchFailure by this and every later call, as a
 // real device does.
-typedef int (*MockLaunch)(const char* kernel, const unsigned grid[3], const unsigned block[3],
-                          void** arguments, size_t shared_bytes, void* stream);
+typedef int (*MockLaunch)(const char* kernel, const unsigned grid[3], const unsigned block[3], void** arguments,
+                          size_t shared_bytes, void* stream);
 void mock_set_launch(MockLaunch launch);
 
 // Back to the state after loading: default device, no errors, counters at zero, no shared-memory
@@ -29,8 +29,7 @@ void mock_set_driver(int present);
 void mock_set_attribute(int attribute, int value);
 
 // What the driver would know of a compiled kernel. max_threads: of __launch_bounds__, 0 for none.
-void mock_set_function(const char* kernel, size_t static_shared_bytes, int registers,
-                       int max_threads);
+void mock_set_function(const char* kernel, size_t static_shared_bytes, int registers, int max_threads);
 
 // How often calls were made, by kind: "launch", "synchronise", "allocate", "copy".
 uint64_t mock_count(const char* kind);

@@ -66,8 +66,7 @@ struct State {
 };
 
 State& state();
-std::map<const void*, Function>&
-functions();  // by host stub; filled while libraries load, never reset
+std::map<const void*, Function>& functions();  // by host stub; filled while libraries load, never reset
 
 cudaError_t enter();                    // error that every call must return now, or cudaSuccess
 cudaError_t report(cudaError_t error);  // note an error for cudaGetLastError and pass it on

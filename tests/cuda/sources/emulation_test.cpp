@@ -69,25 +69,21 @@ static void run(const char* name, unsigned seed) {
 static void check_conversions() {
   for (unsigned bits = 0; bits < 0x7c00; ++bits) {
     const float value = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-    const float next = bits + 1 < 0x7c00
-                           ? __half2float(__ushort_as_half(static_cast<unsigned short>(bits + 1)))
-                           : 65536.0f;
+    const float next =
+        bits + 1 < 0x7c00 ? __half2float(__ushort_as_half(static_cast<unsigned short>(bits + 1))) : 65536.0f;
     const unsigned even = bits % 2 == 0 ? bits : bits + 1;
     check(__half_as_ushort(__float2half_rn(value)) == bits, "half round trip");
     check(__half_as_ushort(__float2half_rn(-value)) == (bits | 0x8000u), "negative half");
     const float middle = (value + next) / 2;
     check(__half_as_ushort(__float2half_rn(middle)) == even, "half tie");
-    check(__half_as_ushort(__float2half_rn(std::nextafter(middle, 0.0f))) == bits,
-          "below a half tie");
-    check(__half_as_ushort(__float2half_rn(std::nextafter(middle, 1e9f))) == bits + 1,
-          "above a half tie");
+    check(__half_as_ushort(__float2half_rn(std::nextafter(middle, 0.0f))) == bits, "below a half tie");
+    check(__half_as_ushort(__float2half_rn(std::nextafter(middle, 1e9f))) == bits + 1, "above a half tie");
   }
   for (unsigned bits = 0; bits < 0x7f80; ++bits) {
     const float value = __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits)));
     const float middle = __uint_as_float(__float_as_uint(value) | 0x8000u);
     check(__bfloat16_as_ushort(__float2bfloat16_rn(value)) == bits, "bfloat16 round trip");
-    check(__bfloat16_as_ushort(__float2bfloat16_rn(middle)) == (bits % 2 == 0 ? bits : bits + 1),
-          "bfloat16 tie");
+    check(__bfloat16_as_ushort(__float2bfloat16_rn(middle)) == (bits % 2 == 0 ? bits : bits + 1), "bfloat16 tie");
   }
   check(__bfloat16_as_ushort(__float2bfloat16_rn(NAN)) == 0x7fff, "bfloat16 NaN");
   check(__half_as_ushort(__float2half_rn(NAN)) == 0x7fff, "half NaN");

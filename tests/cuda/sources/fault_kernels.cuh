@@ -40,8 +40,7 @@ template <bool FAULT>
 __global__ void warp_sum(float* x, int64_t) {
   if (FAULT && threadIdx.x % 32 >= 16) return;
   float sum = x[threadIdx.x];
-  for (int offset = 8; offset > 0; offset /= 2)
-    sum += __shfl_down_sync(0xffffffffu, sum, offset, 16);
+  for (int offset = 8; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset, 16);
   if (threadIdx.x % 32 == 0) x[threadIdx.x] = sum;
 }
 
@@ -78,8 +77,7 @@ template <bool FAULT>
 __global__ void shift(float* x, int64_t n) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const float value = x[i];
-  x[(FAULT ? (i + blockDim.x) % (int64_t{gridDim.x} * blockDim.x) : i) + (FAULT ? 0 : n / 2)] =
-      value;
+  x[(FAULT ? (i + blockDim.x) % (int64_t{gridDim.x} * blockDim.x) : i) + (FAULT ? 0 : n / 2)] = value;
 }
 
 // Element `row * stride` of x. Fault: the product is computed in 32 bits.

@@ -19,31 +19,28 @@ __global__ void exponential(float* x, int64_t) {
 using Kernel = void (*)(float*, int64_t);
 template <bool FAULT>
 static Kernel kernel_by_number(int number) {
-  constexpr Kernel kernels[] = {exchange<FAULT>,  scale<FAULT>,       warp_sum<FAULT>,
-                                tile_max<FAULT>,  two_phases<FAULT>,  count<FAULT>,
-                                shift<FAULT>,     far_element<FAULT>, pairs<FAULT>,
-                                undefined<FAULT>, exponential<FAULT>};
+  constexpr Kernel kernels[] = {exchange<FAULT>,   scale<FAULT>,     warp_sum<FAULT>,   tile_max<FAULT>,
+                                two_phases<FAULT>, count<FAULT>,     shift<FAULT>,      far_element<FAULT>,
+                                pairs<FAULT>,      undefined<FAULT>, exponential<FAULT>};
   return kernels[number];
 }
 
 extern "C" {
 
-int run_kernel(int number, int fault, float* x, int64_t n, int blocks, int threads, size_t shared,
-               void* stream) {
+int run_kernel(int number, int fault, float* x, int64_t n, int blocks, int threads, size_t shared, void* stream) {
   const Kernel kernel = fault ? kernel_by_number<true>(number) : kernel_by_number<false>(number);
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(x, n);
   return cudaGetLastError();
 }
 
 int allow_shared(int number, int bytes) {
-  return cudaFuncSetAttribute(kernel_by_number<false>(number),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return cudaFuncSetAttribute(kernel_by_number<false>(number), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 int resident_blocks(int number, int threads, size_t shared) {
   int blocks = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &blocks, kernel_by_number<false>(number), threads, shared);
+  const cudaError_t error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel_by_number<false>(number), threads, shared);
   return error == cudaSuccess ? blocks : -int(error);
 }
 
@@ -56,8 +53,7 @@ int static_shared(int number) {
 int multiprocessors() {
   int device = 0, value = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
   return error == cudaSuccess ? value : -int(error);
 }
 

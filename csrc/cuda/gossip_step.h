@@ -43,9 +43,11 @@ struct GossipParameters {
   int64_t first, last, skip, skipped;
 };
 
-// Three blocks of 256 threads on a multiprocessor leave 80 registers a thread, which nothing here exceeds.
+// Three blocks of 256 threads on a multiprocessor leave 80 registers a thread; a rule that moves many vectors, or
+// doubles, which take two registers, needs the 128 that two blocks leave.
 constexpr int kMaxThreads = 256;
-constexpr int kMinBlocks = 3;
+template <class Rule, class T>
+constexpr int kMinBlocks = sizeof(T) == 8 || Rule::kMessages > 1 || Rule::kStates + Rule::kMessages > 3 ? 2 : 3;
 
 // Rows a thread holds: enough loads in flight, and few enough registers that nothing spills.
 template <class Rule>
@@ -69,7 +71,8 @@ struct TileLayout {
 };
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const GossipParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>>)
+    gossip_tile(const GossipParameters<Rule, Storage> p) {
   using S = Slice<Rule, Storage, kVector<Compute<Storage>>>;
   using T = typename S::T;
   constexpr int V = S::V, R = kRows<Rule>, kMessages = Rule::kMessages;
@@ -179,7 +182,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_tile(const Gos
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gossip_columns(const GossipParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>>)
+    gossip_columns(const GossipParameters<Rule, Storage> p) {
   using S = Slice<Rule, Storage, 1>;
   using T = typename S::T;
   constexpr int kMessages = Rule::kMessages;

@@ -14,7 +14,9 @@
 namespace qgm::cuda {
 
 constexpr int kFlatThreads = 256;
-constexpr int kFlatBlocks = 4;  // on a multiprocessor, at least: up to 64 registers a thread
+// On a multiprocessor, at least: up to 64 registers a thread, 128 where a value takes two of them.
+template <class T>
+constexpr int kFlatBlocks = sizeof(T) == 8 ? 2 : 4;
 
 // The aligned coordinates are [head, head + vectors V); the rest, in front and behind, go one by one.
 struct Extent {
@@ -64,7 +66,8 @@ QGM_HD void for_coordinates(const Extent& e, int64_t thread, int64_t threads, co
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) local_flat(const LocalStepParameters<Rule, Storage> p) {
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
+    local_flat(const LocalStepParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
     constexpr int V = decltype(width)::value;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) local_flat(const Lo
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
     merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {

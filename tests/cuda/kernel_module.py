@@ -224,7 +224,8 @@ class Problem:
         def buffer(kind: torch.dtype) -> Tensor:
             return torch.randn(n * self.stride + 16, generator=generator, dtype=torch.float64).to(kind)
 
-        self.buffers = [buffer(dtype), buffer(dtype), *[buffer(compute) for _ in range(known.states)]]
+        # No state below zero: rules take square roots of second moments, and NaN has many bit patterns.
+        self.buffers = [buffer(dtype), buffer(dtype), *[buffer(compute).abs() for _ in range(known.states)]]
 
     def views(self, buffers: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """x, g and the states as views of such buffers."""

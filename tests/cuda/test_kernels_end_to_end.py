@@ -4,7 +4,7 @@ Every launch runs on the PTX machine (README.md), which also stops at any access
 reads of what nothing wrote, and at races. The bytes of whole buffers are compared, so padding must be untouched.
 
 By default every pair of the factors rule, dtype, n, D, topology and layout occurs in some case. The full product is
-behind the marker ``slow``.
+behind the marker ``exhaustive``.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_gossip_step_gives_the_bits_of_the_cpu(module: MockModule, rule: str, dt
     assert module.runtime.forbidden_calls() == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
 @pytest.mark.parametrize("rule", RULES)
 def test_gossip_step_gives_the_bits_of_the_cpu_in_the_full_product(

@@ -25,8 +25,19 @@ mock_reason = harness.mock_skip_reason()
 needs_sass = pytest.mark.skipif(bool(sass_reason), reason=sass_reason or "nvdisasm is there")
 needs_mock = pytest.mark.skipif(bool(mock_reason), reason=mock_reason or "nvcc is there")
 
-SOURCES = [*kernel_module.rule_sources(Path(tempfile.mkdtemp(prefix="qgm_ext-sass-"))), CSRC / "cuda" / "reduce.cu"]
-# Registers a thread: three blocks of 256 threads a multiprocessor for the tile, four for the others.
+# Headers whose rules all take numbers of each worker have no CUDA kernels (csrc/cuda/registry.h).
+WITHOUT_KERNELS = {"cuda_push_sum", "cuda_qg_dadam"}
+RULE_SOURCES = kernel_module.rule_sources(Path(tempfile.mkdtemp(prefix="qgm_ext-sass-")))
+SOURCES = [*(path for path in RULE_SOURCES if path.stem not in WITHOUT_KERNELS), CSRC / "cuda" / "reduce.cu"]
+# By default one architecture of each PTX and the newest; the others are behind the marker ``exhaustive``.
+ARCHITECTURES = [
+    pytest.param(arch, marks=[] if arch in ("sm_75", "sm_90", "sm_120") else pytest.mark.exhaustive)
+    for arch in sass.supported_architectures()
+]
+# What runs once, or once in many steps, is not held to the loads in flight: SlowMo's outer step reads no gradient.
+RARE = ("SlowmoOuter", "MomentumTrackingStart")
+# Registers a thread: three blocks of 256 threads a multiprocessor for the tile, four for the others. Rules that
+# move many vectors, and doubles, which take two registers, run with two blocks: 128 registers.
 LIMITS = {"gossip_tile": 80, "gossip_columns": 80, "local_flat": 64, "merge_flat": 64}
 
 
@@ -40,6 +51,10 @@ def is_16_bit(code: sass.KernelCode) -> bool:
     return "float16>" in code.signature
 
 
+def is_double(code: sass.KernelCode) -> bool:
+    return "double>(" in code.signature
+
+
 def main_loop(code: sass.KernelCode, kind: str) -> list[sass.SassInstruction]:
     """Global loads or stores in the loop over tiles, the one that stores; not those that fetch the mixing matrix."""
     loops = {i.loop for i in code.accesses("global", "store", loops_only=True)}
@@ -47,7 +62,7 @@ def main_loop(code: sass.KernelCode, kind: str) -> list[sass.SassInstruction]:
 
 
 @needs_sass
-@pytest.mark.parametrize("arch", sass.supported_architectures())
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_machine_code_of_every_kernel(source: Path, arch: str) -> None:
     kernels = sass.analyse(source, arch, include=[CSRC])
@@ -55,7 +70,9 @@ def test_machine_code_of_every_kernel(source: Path, arch: str) -> None:
     for code in kernels.values():
         name = name_of(code)
         assert not code.uses_local_memory, f"{code.signature} on {arch}"
-        assert code.registers <= LIMITS.get(name, 64), f"{code.signature} on {arch}: {code.registers} registers"
+        light = any(f"rules::{family}::" in code.signature for family in ("dsgd", "qg_dsgdm")) and not is_double(code)
+        limit = LIMITS.get(name, 64) if light or name not in LIMITS else 128
+        assert code.registers <= limit, f"{code.signature} on {arch}: {code.registers} registers"
         assert not code.accesses("generic"), code.signature
         if name == "gossip_tile":
             widths = {8, 16} if is_16_bit(code) else {16}
@@ -63,6 +80,8 @@ def test_machine_code_of_every_kernel(source: Path, arch: str) -> None:
             assert {i.width for i in main_loop(code, "store")} <= widths, code.signature
             assert {i.width for i in code.accesses("shared", "store")} <= {4, 8, 16}
             # x and g of all rows of a thread, before the first is needed
+            if any(rule in code.signature for rule in RARE):
+                continue
             assert code.load_bytes_in_flight() >= (64 if is_16_bit(code) else 128), code.signature
         if name in ("local_flat", "merge_flat"):
             assert max(i.width for i in code.accesses("global", "store")) == (16 if "local" in name else payload(code))

@@ -154,6 +154,13 @@ void py_rows_are_finite(int dtype, Address x, int64_t rows, int64_t cols, int64_
   reduce(kernels, dtype, x, rows, cols, stride, out, threads);
 }
 
+void plain_tiles(Address x, Address g, Address m, int64_t rows, int64_t cols) {
+  const py::gil_scoped_release release;
+  SimdLevels<PlainTiles, float*, const float*, float*, int64_t, int64_t>::run(
+      g_simd, static_cast<float*>(pointer(x)), static_cast<const float*>(pointer(g)), static_cast<float*>(pointer(m)),
+      rows, cols);
+}
+
 void plain_loop(Address x, Address g, Address m, int64_t size) {
   const py::gil_scoped_release release;
   SimdLevels<PlainLoop, float*, const float*, float*, int64_t>::run(g_simd, static_cast<float*>(pointer(x)),
@@ -217,6 +224,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("squared_norms", &py_squared_norms);
   m.def("consensus_distance", &py_consensus_distance);
   m.def("rows_are_finite", &py_rows_are_finite);
+  m.def("plain_tiles", &plain_tiles, "plain_loop on float32 [rows, cols], in the order of access of the fused step.");
   m.def("plain_loop", &plain_loop, "float32 arrays of `size`: reads x, g, m and writes x, m; a yardstick.");
   m.def("build_info", &build_info);
   m.def("simd_level", [] { return kSimdNames[int(g_simd)]; });

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -221,7 +222,7 @@ class Mixing:
         """Return the sum of each row, [n]."""
         return np.bincount(self.rows(), weights=self.weights, minlength=self.num_workers).astype(np.float64)
 
-    @property
+    @cached_property
     def num_links(self) -> int:
         """How many messages one round of gossip takes: entries off the diagonal."""
         return int(np.count_nonzero(self.rows() != self.columns))

@@ -19,8 +19,8 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -107,9 +107,9 @@ def _rule_table(device: str) -> dict[str, Rule]:
     return {entry["name"]: Rule(index, **entry) for index, entry in enumerate(_native(device).rules())}
 
 
-def rules(device: Literal["cpu", "cuda"] = "cpu") -> dict[str, Rule]:
+def rules(device: Literal["cpu", "cuda"] = "cpu") -> Mapping[str, Rule]:
     """The compiled rules of a device type by name."""
-    return dict(_rule_table(device))
+    return MappingProxyType(_rule_table(device))
 
 
 def _rule(op: str, device: str, name: str) -> Rule:

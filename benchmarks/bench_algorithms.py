@@ -56,6 +56,7 @@ def test_algorithm(benchmark, name):
     w, state = torch.tensor(opt.topology.matrix()).float(), reference.initial_state(opt.algorithm, opt.x, opt.topology)
     x = opt.x.clone()
     opt.step(g)  # the first step may do more
+    _, state = reference.step(opt.algorithm, x, g, state, w, 0)
     times = paired_minimum(
         {
             "fused": lambda: opt.step(g),

@@ -385,7 +385,7 @@ def initial_state(algorithm: Algorithm, x: Tensor, topology: Topology | None = N
         for name, vector in state.items():
             start = algorithm.initial_value(name)
             vector.copy_(x if start == "params" else torch.full_like(x, start))
-    return {**state, **algorithm.initial_scalars(len(x))}
+    return {**state, **{name: value.to(x) for name, value in algorithm.initial_scalars(len(x)).items()}}
 
 
 def step(

@@ -9,7 +9,7 @@ and runs each launch on the PTX machine, with host arrays as device memory, at t
         runtime.library.launch_step(x.ctypes.data, ...)  # faults of the kernel are raised here
     assert runtime.forbidden_calls() == []               # nothing allocated or synchronised
 
-Results of compilation are cached by content under the temporary directory. Holds no test.
+Results of compilation are cached by content under the temporary directory, for all test processes. Holds no test.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from ptx import GlobalMemory, LaunchResult, Machine, Module, parse
 from ptx.machine import static_shared_bytes
@@ -270,14 +271,15 @@ def _cached(
     if final.is_dir():
         return final
     root.mkdir(mode=0o700, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=root))
-    try:
-        make(scratch)
-        # another process may have been faster; its result is the same
-        with contextlib.suppress(OSError):
-            scratch.rename(final)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    # Test processes that run side by side build a thing once: the others wait for the first.
+    with FileLock(f"{final}.lock"):
+        if not final.is_dir():
+            scratch = Path(tempfile.mkdtemp(dir=root))
+            try:
+                make(scratch)
+                scratch.rename(final)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return final
 
 

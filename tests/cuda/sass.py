@@ -223,7 +223,9 @@ def analyse(
     if not listing.exists():
         cubin = directory / f"{source.stem}.cubin"
         text = subprocess.run([nvdisasm, "-c", "-g", cubin], capture_output=True, text=True, check=True).stdout
-        listing.write_text(text)
+        whole = listing.with_suffix(f".{os.getpid()}")
+        whole.write_text(text)
+        whole.replace(listing)  # at once: other test processes may be reading
     kernels = parse_report((directory / "ptxas.txt").read_text(), arch)
     for name, (instructions, loops, targets) in parse_listing(listing.read_text()).items():
         if name in kernels:

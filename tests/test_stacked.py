@@ -45,6 +45,17 @@ def test_state_has_the_compute_dtype(dtype):
     assert opt.state["qg_momentum_buffer"].shape == opt.x.shape
 
 
+def test_workers_whose_neighbours_all_have_smaller_numbers_keep_the_order_of_the_step():
+    # No weight of their own, so every message that worker 3 needs is made before its own.
+    matrix = [[0.0, 0.5, 0.5, 0.0], [0.5, 0.0, 0.0, 0.5], [0.5, 0.0, 0.0, 0.5], [0.0, 0.5, 0.5, 0.0]]
+    opt = make(topology=qgm.topology.from_matrix(matrix), momentum=0.0, qg_momentum=0.5, dtype=torch.float64)
+    before, g = opt.x.clone(), gradients(opt, 0)
+    opt.step(g)
+    expected = torch.tensor(matrix, dtype=torch.float64) @ (before - 0.1 * g)
+    torch.testing.assert_close(opt.x, expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(opt.state["qg_momentum_buffer"], 0.5 * (before - expected) / 0.1, rtol=1e-12, atol=1e-12)
+
+
 def test_lr_of_one_step_and_of_all_later_steps():
     opt, other = make(), make(lr=0.02)
     opt.step(gradients(opt, 0), lr=0.02)

@@ -4,6 +4,7 @@
 //   1. local:  x, g and the state of each worker make its message, kept in a scratch tile;
 //   2. mix:    sum_j w_ij message_j for one worker, from the scratch tile;
 //   3. merge:  the new x and state of that worker, stored in place.
+// 2 and 3 follow for a worker as soon as the messages of all its neighbours are there (merge_order).
 // What 3 reads again (x, state) was read in 1 and is still in cache, so memory sees every number once.
 // Workers of later rows need only messages, never x, so writing in place is safe.
 #pragma once
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "../arguments.h"
 #include "parallel.h"
@@ -21,20 +23,44 @@
 
 namespace qgm::cpu {
 
+// A row and the last worker whose message it needs, itself at least: after that one's local step it can be merged.
+struct MergeTurn {
+  int32_t last, row;
+};
+
 struct GossipStepArguments : qgm::GossipStepArguments {
   int threads;
   Simd simd;
-  DType storage;  // of x and g; set by gossip_step
+  DType storage;           // of x and g; set by gossip_step
+  const MergeTurn* order;  // in which rows are merged; set by gossip_step
 };
 
-// Coordinates in a tile. Long enough that the loop set-up of a row is paid back, short enough that
-// the tile of 16 workers stays in a 32 KiB L1 and that of 256 in a 1 MiB L2.
-constexpr std::integral_constant<int64_t, 128> kTile{};
-constexpr int64_t kTileWidth = kTile;
-constexpr int64_t kPrefetchTiles = 2;
+// Rows in the order in which their messages are complete: on a sparse graph a row is then merged soon after its local
+// step, while its x and state are in L1. The mean of all comes last, in one piece.
+inline std::vector<MergeTurn> merge_order(const GossipStepArguments& a) {
+  std::vector<MergeTurn> order(size_t(a.rows));
+  for (int32_t i = 0; i < a.rows; ++i) {
+    int32_t last = i;
+    if (a.mixing.form == MixingForm::kMean) {
+      last = int32_t(a.rows);
+    } else if (a.mixing.form != MixingForm::kIdentity && a.mixing.row_offsets[i + 1] > a.mixing.row_offsets[i]) {
+      last = std::max(i, a.mixing.columns[a.mixing.row_offsets[i + 1] - 1]);
+    }
+    order[size_t(i)] = {last, i};
+  }
+  std::stable_sort(order.begin(), order.end(), [](MergeTurn p, MergeTurn q) { return p.last < q.last; });
+  return order;
+}
 
-template <template <class> class RuleOf, class Compute>
+// Coordinates in a tile. Short, so that a row that is merged soon after its local step is still in L1, and the
+// messages of 256 workers are in L2; long enough that the set-up of a row's loops is paid back.
+constexpr int64_t kGossipTileWidth = 64;
+// Tiles between asking for a row and its use; more where a tile has few rows and is soon done.
+QGM_HD constexpr int64_t prefetch_tiles(int64_t rows) { return std::max<int64_t>(2, 16 / rows); }
+
+template <template <class> class RuleOf, class Compute, int64_t kTileWidth = kGossipTileWidth>
 struct GossipTile {
+  static constexpr std::integral_constant<int64_t, kTileWidth> kTile{};
   using Loops = RuleLoops<RuleOf, Compute>;
   using T = Compute;
   using Rule = typename Loops::Rule;
@@ -86,7 +112,8 @@ struct GossipTile {
   }
 
   // Asks for a tile ahead of its use. The rows of a tile are too short for the hardware prefetcher to
-  // learn; into L2, because the tiles in between would push it out of L1.
+  // learn (a single row is one long stream, and needs no help); into L2, because the tiles in between would push it out
+  // of L1.
   static QGM_HD void prefetch(const GossipStepArguments& a, int64_t begin, int64_t i) {
     const int64_t length = std::min(kTileWidth, a.cols - begin);
     constexpr int64_t kLine = 64;
@@ -140,28 +167,31 @@ struct GossipTile {
   static QGM_HD void tile(const GossipStepArguments& a, const Rule& rule, int64_t begin, Length length, T* memory) {
     const Scratch scratch(a, memory);
     const StoredRows<T> rows = stored(a);
-    for (int64_t i = 0; i < a.rows; ++i) {
-      prefetch(a, begin + kPrefetchTiles * kTileWidth, i);
-      const Row r = row(a, i, begin, scratch);
-      if (rows.staged()) {
-        rows.load(x_at(a, i, begin), length, r.x);
-        rows.load(g_at(a, i, begin), length, const_cast<T*>(r.g));
+    int64_t due = 0;
+    for (int64_t i = 0; i <= a.rows; ++i) {
+      if (i < a.rows) {
+        if (a.rows > 1) prefetch(a, begin + prefetch_tiles(a.rows) * kTileWidth, i);
+        const Row r = row(a, i, begin, scratch);
+        if (rows.staged()) {
+          rows.load(x_at(a, i, begin), length, r.x);
+          rows.load(g_at(a, i, begin), length, const_cast<T*>(r.g));
+        }
+        Values<T*, kMessages> out;
+        for (int k = 0; k < kMessages; ++k) out[k] = scratch.messages + (k * a.rows + i) * kTileWidth;
+        Loops::local(for_row(rule, static_cast<const T*>(a.row_scalars), i), r, length, out);
+      } else if (a.mixing.form == MixingForm::kMean) {
+        for (int k = 0; k < kMessages; ++k) {
+          const T* const of_all = scratch.messages + k * a.rows * kTileWidth;
+          mean([=](int64_t q) { return of_all + q * kTileWidth; }, a.rows, kTile, scratch.mixed + k * kTileWidth);
+        }
       }
-      Values<T*, kMessages> out;
-      for (int k = 0; k < kMessages; ++k) out[k] = scratch.messages + (k * a.rows + i) * kTileWidth;
-      Loops::local(for_row(rule, static_cast<const T*>(a.row_scalars), i), r, length, out);
-    }
-    if (a.mixing.form == MixingForm::kMean) {
-      for (int k = 0; k < kMessages; ++k) {
-        const T* const of_all = scratch.messages + k * a.rows * kTileWidth;
-        mean([=](int64_t q) { return of_all + q * kTileWidth; }, a.rows, kTile, scratch.mixed + k * kTileWidth);
+      for (; due < a.rows && a.order[due].last <= i; ++due) {
+        const int64_t ready = a.order[due].row;
+        const Row r = row(a, ready, begin, scratch);
+        mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), ready), ready, r, length, scratch.messages,
+                      scratch.mixed);
+        if (rows.staged()) rows.store(r.x, length, x_at(a, ready, begin));
       }
-    }
-    for (int64_t i = 0; i < a.rows; ++i) {
-      const Row r = row(a, i, begin, scratch);
-      mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), i), i, r, length, scratch.messages,
-                    scratch.mixed);
-      if (rows.staged()) rows.store(r.x, length, x_at(a, i, begin));
     }
   }
 
@@ -180,7 +210,7 @@ struct GossipTile {
 template <template <class> class RuleOf, class Compute>
 void gossip_tiles(const GossipStepArguments& a) {
   using Tile = GossipTile<RuleOf, Compute>;
-  const int64_t whole = a.cols / kTileWidth, tiles = (a.cols + kTileWidth - 1) / kTileWidth;
+  const int64_t whole = a.cols / kGossipTileWidth, tiles = (a.cols + kGossipTileWidth - 1) / kGossipTileWidth;
   const int threads = threads_for(a.rows * a.cols, tiles, a.threads);
   // Zeroed, because the mixing loops run over whole tiles, the unused end of the last one included.
   const int64_t per_thread = Tile::Scratch::size(a, Tile::stored(a).staged());
@@ -189,7 +219,7 @@ void gossip_tiles(const GossipStepArguments& a) {
     Compute* const mine = scratch.data() + thread * per_thread;
     SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first,
                                                                                   std::min(last, whole), mine);
-    if (last > whole) Tile::run_rest(a, whole * kTileWidth, mine);
+    if (last > whole) Tile::run_rest(a, whole * kGossipTileWidth, mine);
   });
 }
 
@@ -197,6 +227,8 @@ template <template <class> class RuleOf, class Storage>
 void gossip_step(const GossipStepArguments& a) {
   GossipStepArguments typed = a;
   typed.storage = kDTypeOf<Storage>;
+  const std::vector<MergeTurn> order = merge_order(a);
+  typed.order = order.data();
   gossip_tiles<RuleOf, Compute<Storage>>(typed);
 }
 

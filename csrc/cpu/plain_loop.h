@@ -23,7 +23,7 @@ struct PlainLoop {
 
 struct PlainTiles {
   static QGM_HD void run(float* x, const float* g, float* m, int64_t rows, int64_t cols) {
-    constexpr int64_t kWidth = 128, kAhead = 2 * kWidth, kLine = 16;
+    constexpr int64_t kWidth = 64, kAhead = 2 * kWidth, kLine = 16;
     for (int64_t begin = 0; begin + kWidth <= cols; begin += kWidth) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = i * cols + begin;

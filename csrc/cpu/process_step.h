@@ -21,6 +21,10 @@ struct MergeArguments : qgm::MergeArguments {
   DType storage;  // of x and g; set by merge
 };
 
+// Coordinates that are staged, or mixed, at a time.
+constexpr std::integral_constant<int64_t, 128> kProcessTile{};
+constexpr int64_t kProcessTileWidth = kProcessTile;
+
 template <template <class> class RuleOf, class Compute>
 struct LocalStepBody {
   using Loops = RuleLoops<RuleOf, Compute>;
@@ -29,8 +33,9 @@ struct LocalStepBody {
   static QGM_HD void run(const LocalStepArguments& a, int64_t begin, int64_t end) {
     const auto rule = for_row(typename Loops::Rule(a.hyper), static_cast<const T*>(a.row_scalars), 0);
     const StoredRows<T> rows{a.storage, a.simd};
-    alignas(64) T x[kTileWidth], g[kTileWidth];  // for 16-bit storage; otherwise the whole range is one piece
-    const int64_t piece = rows.staged() ? kTileWidth : end - begin;
+    alignas(64) T x[kProcessTileWidth],
+        g[kProcessTileWidth];  // for 16-bit storage; otherwise the whole range is one piece
+    const int64_t piece = rows.staged() ? kProcessTileWidth : end - begin;
     for (int64_t first = begin; first < end; first += piece) {
       const int64_t length = std::min(piece, end - first);
       const char* const x_stored = rows.at(static_cast<const char*>(a.x), first);
@@ -69,7 +74,7 @@ struct MergeBody {
     const char* const g_stored = rows.at(static_cast<const char*>(a.g), begin);
     typename Loops::Row row;
     if (rows.staged()) {
-      T *const x = mixed + Loops::kMessages * kTileWidth, *const g = x + kTileWidth;
+      T *const x = mixed + Loops::kMessages * kProcessTileWidth, *const g = x + kProcessTileWidth;
       if (Loops::Rule::kMergeReadsX) rows.load(x_stored, length, x);
       if (Loops::Rule::kMergeReadsGrad) rows.load(g_stored, length, g);
       row.x = x;
@@ -82,17 +87,17 @@ struct MergeBody {
     for (int k = 0; k < Loops::kMessages; ++k) {
       const auto message = [&](int64_t q) { return static_cast<const T*>(a.received[k * a.terms + q]) + begin; };
       if (a.mean) {
-        mean(message, a.terms, length, mixed + k * kTileWidth);
+        mean(message, a.terms, length, mixed + k * kProcessTileWidth);
       } else {
-        weighted_sum(message, weights, a.terms, length, mixed + k * kTileWidth);
+        weighted_sum(message, weights, a.terms, length, mixed + k * kProcessTileWidth);
       }
     }
-    Loops::merge(rule, row, length, [=](int k, int64_t c) { return mixed[k * kTileWidth + c]; });
+    Loops::merge(rule, row, length, [=](int k, int64_t c) { return mixed[k * kProcessTileWidth + c]; });
     if (rows.staged()) rows.store(row.x, length, x_stored);
   }
 
   static QGM_HD const T* load_weights(const MergeArguments& a, T* scratch) {
-    T* const weights = scratch + kScratchTiles * kTileWidth;
+    T* const weights = scratch + kScratchTiles * kProcessTileWidth;
     for (int64_t q = 0; q < a.terms; ++q) weights[q] = T(a.weights[q]);
     return weights;
   }
@@ -105,7 +110,7 @@ struct MergeBody {
   static QGM_HD void run(const MergeArguments& a, int64_t first, int64_t last, T* scratch) {
     const auto rule = rule_of(a);
     const T* const weights = load_weights(a, scratch);
-    for (int64_t t = first; t < last; ++t) tile(a, rule, weights, t * kTileWidth, kTile, scratch);
+    for (int64_t t = first; t < last; ++t) tile(a, rule, weights, t * kProcessTileWidth, kProcessTile, scratch);
   }
 
   // The short tile at the end: once a call, so one version for all SIMD levels is enough.
@@ -127,15 +132,15 @@ void local_step(const LocalStepArguments& a) {
 template <template <class> class RuleOf, class Compute>
 void merge_tiles(const MergeArguments& a) {
   using Body = MergeBody<RuleOf, Compute>;
-  const int64_t whole = a.size / kTileWidth, tiles = (a.size + kTileWidth - 1) / kTileWidth;
+  const int64_t whole = a.size / kProcessTileWidth, tiles = (a.size + kProcessTileWidth - 1) / kProcessTileWidth;
   const int threads = threads_for(a.size, tiles, a.threads);
-  const int64_t per_thread = Body::kScratchTiles * kTileWidth + a.terms;
+  const int64_t per_thread = Body::kScratchTiles * kProcessTileWidth + a.terms;
   const ScratchBuffer<Compute> scratch(threads * per_thread);
   parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
     Compute* const mine = scratch.data() + thread * per_thread;
     SimdLevels<Body, const MergeArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first, std::min(last, whole),
                                                                              mine);
-    if (last > whole) Body::run_rest(a, whole * kTileWidth, mine);
+    if (last > whole) Body::run_rest(a, whole * kProcessTileWidth, mine);
   });
 }
 

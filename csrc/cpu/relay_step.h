@@ -27,17 +27,20 @@ struct RelayStepArguments : GossipStepArguments {
   int64_t edges() const { return 2 * (rows - 1); }
 };
 
+// Wider than a gossip tile: all rows wait for all messages here, and each edge has a loop of its own.
+constexpr int64_t kRelayTileWidth = 128;
+
 template <template <class> class RuleOf, class Compute>
 struct RelayTile {
-  using Tile = GossipTile<RuleOf, Compute>;
+  using Tile = GossipTile<RuleOf, Compute, kRelayTileWidth>;
   using Loops = typename Tile::Loops;
   using T = Compute;
   using Rule = typename Loops::Rule;
   static_assert(Rule::kMessages == 1, "a relay carries one message");
 
-  // Scratch of the gossip tile (its messages are h), then the new messages [edges, kTileWidth].
+  // Scratch of the gossip tile (its messages are h), then the new messages [edges, kRelayTileWidth].
   static int64_t scratch_size(const RelayStepArguments& a, bool staged) {
-    return Tile::Scratch::size(a, staged) + a.edges() * kTileWidth;
+    return Tile::Scratch::size(a, staged) + a.edges() * kRelayTileWidth;
   }
 
   static QGM_HD T* message_at(const RelayStepArguments& a, int64_t e, int64_t begin) {
@@ -63,12 +66,12 @@ struct RelayTile {
     const int64_t step = a.trees, first = ((k - begin) % step + step) % step;
     for (int64_t i = 0; i < a.rows; ++i) {
       const T count = static_cast<const T*>(a.counts)[k * a.rows + i];
-      T* const total = mixed + i * kTileWidth;
-      for (int64_t c = first; c < length; c += step) total[c] = count * h[i * kTileWidth + c];
+      T* const total = mixed + i * kRelayTileWidth;
+      for (int64_t c = first; c < length; c += step) total[c] = count * h[i * kRelayTileWidth + c];
       for (int64_t e = offsets[i]; e < offsets[i + 1]; ++e) {
         const int64_t s = senders[e];
-        T* const sum = fresh + e * kTileWidth;
-        for (int64_t c = first; c < length; c += step) sum[c] = h[s * kTileWidth + c];
+        T* const sum = fresh + e * kRelayTileWidth;
+        for (int64_t c = first; c < length; c += step) sum[c] = h[s * kRelayTileWidth + c];
         for (int64_t f = offsets[s]; f < offsets[s + 1]; ++f) {
           if (f != reverse[e]) add(message_at(a, f, begin), first, step, length, sum);
         }
@@ -83,23 +86,23 @@ struct RelayTile {
     T* const fresh = memory + Tile::Scratch::size(a, Tile::stored(a).staged());
     const StoredRows<T> rows = Tile::stored(a);
     for (int64_t i = 0; i < a.rows; ++i) {
-      Tile::prefetch(a, begin + kPrefetchTiles * kTileWidth, i);
+      Tile::prefetch(a, begin + prefetch_tiles(a.rows) * kRelayTileWidth, i);
       const auto r = Tile::row(a, i, begin, scratch);
       if (rows.staged()) {
         rows.load(Tile::x_at(a, i, begin), length, r.x);
         rows.load(Tile::g_at(a, i, begin), length, const_cast<T*>(r.g));
       }
-      Values<T*, 1> out{{scratch.messages + i * kTileWidth}};
+      Values<T*, 1> out{{scratch.messages + i * kRelayTileWidth}};
       Loops::local(rule, r, length, out);
     }
     for (int64_t k = 0; k < a.trees; ++k) relay(a, k, begin, length, scratch.messages, fresh, mixed);
     for (int64_t e = 0; e < a.edges(); ++e) {
-      std::copy(fresh + e * kTileWidth, fresh + e * kTileWidth + length, message_at(a, e, begin));
+      std::copy(fresh + e * kRelayTileWidth, fresh + e * kRelayTileWidth + length, message_at(a, e, begin));
     }
     const T share = T(1) / T(a.rows);
     for (int64_t i = 0; i < a.rows; ++i) {
       const auto r = Tile::row(a, i, begin, scratch);
-      const T* const total = mixed + i * kTileWidth;
+      const T* const total = mixed + i * kRelayTileWidth;
       Loops::merge(rule, r, length, [=](int, int64_t c) { return total[c] * share; });
       if (rows.staged()) rows.store(r.x, length, Tile::x_at(a, i, begin));
     }
@@ -107,8 +110,9 @@ struct RelayTile {
 
   static QGM_HD void run(const RelayStepArguments& a, int64_t first, int64_t last, T* scratch, T* mixed) {
     const Rule rule(a.hyper);
-    for (int64_t begin = first * kTileWidth; begin < std::min(a.cols, last * kTileWidth); begin += kTileWidth) {
-      tile(a, rule, begin, std::min(kTileWidth, a.cols - begin), scratch, mixed);
+    for (int64_t begin = first * kRelayTileWidth; begin < std::min(a.cols, last * kRelayTileWidth);
+         begin += kRelayTileWidth) {
+      tile(a, rule, begin, std::min(kRelayTileWidth, a.cols - begin), scratch, mixed);
     }
   }
 };
@@ -119,10 +123,10 @@ void relay_step(const RelayStepArguments& a) {
   using Tile = RelayTile<RuleOf, T>;
   RelayStepArguments typed = a;
   typed.storage = kDTypeOf<Storage>;
-  const int64_t tiles = (a.cols + kTileWidth - 1) / kTileWidth;
+  const int64_t tiles = (a.cols + kRelayTileWidth - 1) / kRelayTileWidth;
   const int threads = threads_for(a.rows * a.cols, tiles, a.threads);
   const int64_t own = Tile::scratch_size(typed, Tile::Tile::stored(typed).staged());
-  const int64_t per_thread = own + a.rows * kTileWidth;
+  const int64_t per_thread = own + a.rows * kRelayTileWidth;
   const ScratchBuffer<T> scratch(threads * per_thread);
   parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
     T* const mine = scratch.data() + thread * per_thread;

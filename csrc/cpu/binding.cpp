@@ -154,13 +154,6 @@ void py_rows_are_finite(int dtype, Address x, int64_t rows, int64_t cols, int64_
   reduce(kernels, dtype, x, rows, cols, stride, out, threads);
 }
 
-void plain_tiles(Address x, Address g, Address m, int64_t rows, int64_t cols) {
-  const py::gil_scoped_release release;
-  SimdLevels<PlainTiles, float*, const float*, float*, int64_t, int64_t>::run(
-      g_simd, static_cast<float*>(pointer(x)), static_cast<const float*>(pointer(g)), static_cast<float*>(pointer(m)),
-      rows, cols);
-}
-
 void plain_loop(Address x, Address g, Address m, int64_t size) {
   const py::gil_scoped_release release;
   SimdLevels<PlainLoop, float*, const float*, float*, int64_t>::run(g_simd, static_cast<float*>(pointer(x)),
@@ -168,34 +161,40 @@ void plain_loop(Address x, Address g, Address m, int64_t size) {
                                                                     static_cast<float*>(pointer(m)), size);
 }
 
+struct Streams {
+  std::vector<float*> arrays;
+  int writes;
+  int64_t rows, cols, width;
+};
+
 template <int kReads, int kWrites>
-void plain_streams(float* const* arrays, int64_t size) {
-  SimdLevels<PlainStreams<kReads, kWrites>, float* const*, int64_t>::run(g_simd, arrays, size);
+void plain_streams(const Streams& s) {
+  SimdLevels<PlainStreams<kReads, kWrites>, float* const*, int64_t, int64_t, int64_t>::run(g_simd, s.arrays.data(),
+                                                                                           s.rows, s.cols, s.width);
 }
 
 template <int kReads, int... kWrites>
-void choose_writes(int writes, float* const* arrays, int64_t size, std::integer_sequence<int, kWrites...>) {
-  ((kWrites + 1 == writes ? plain_streams<kReads, (kWrites < kReads ? kWrites + 1 : kReads)>(arrays, size) : void()),
-   ...);
+void choose_writes(const Streams& s, std::integer_sequence<int, kWrites...>) {
+  ((kWrites + 1 == s.writes ? plain_streams<kReads, (kWrites < kReads ? kWrites + 1 : kReads)>(s) : void()), ...);
 }
 
 template <int... kReads>
-void choose_reads(int reads, int writes, float* const* arrays, int64_t size, std::integer_sequence<int, kReads...>) {
-  ((kReads + 1 == reads
-        ? choose_writes<kReads + 1>(writes, arrays, size, std::make_integer_sequence<int, kMaxStreams>{})
-        : void()),
+void choose_reads(const Streams& s, std::integer_sequence<int, kReads...>) {
+  ((kReads + 1 == int(s.arrays.size()) ? choose_writes<kReads + 1>(s, std::make_integer_sequence<int, kMaxStreams>{})
+                                       : void()),
    ...);
 }
 
-void py_plain_streams(const std::vector<Address>& arrays, int writes, int64_t size) {
+void py_plain_streams(const std::vector<Address>& arrays, int writes, int64_t rows, int64_t cols, int64_t width) {
   const int reads = int(arrays.size());
   if (reads < 1 || reads > kMaxStreams || writes < 1 || writes > reads) {
     throw py::value_error("plain_streams takes 1 to 8 arrays and writes 1 to all of them");
   }
-  std::vector<float*> pointers;
-  for (const Address array : arrays) pointers.push_back(static_cast<float*>(pointer(array)));
+  if (rows < 1 || cols < 1 || width < 1) throw py::value_error("rows, cols and width must be at least 1");
+  Streams streams{{}, writes, rows, cols, width};
+  for (const Address array : arrays) streams.arrays.push_back(static_cast<float*>(pointer(array)));
   const py::gil_scoped_release release;
-  choose_reads(reads, writes, pointers.data(), size, std::make_integer_sequence<int, kMaxStreams>{});
+  choose_reads(streams, std::make_integer_sequence<int, kMaxStreams>{});
 }
 
 py::dict build_info() {
@@ -220,11 +219,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of qgm_ext; use them through qgm_ext.ops.";
   Binding::define(m);
   m.def("relay_step", &py_relay_step);
-  m.def("plain_streams", &py_plain_streams, "For benchmarks: reads float32 arrays and writes the first of them.");
+  m.def("plain_streams", &py_plain_streams, py::arg("arrays"), py::arg("writes"), py::arg("rows"), py::arg("cols"),
+        py::arg("width"),
+        "For benchmarks: reads float32 [rows, cols] arrays and writes the first of them, `width` columns at a time.");
+  m.attr("tile_width") = kGossipTileWidth;
   m.def("squared_norms", &py_squared_norms);
   m.def("consensus_distance", &py_consensus_distance);
   m.def("rows_are_finite", &py_rows_are_finite);
-  m.def("plain_tiles", &plain_tiles, "plain_loop on float32 [rows, cols], in the order of access of the fused step.");
   m.def("plain_loop", &plain_loop, "float32 arrays of `size`: reads x, g, m and writes x, m; a yardstick.");
   m.def("build_info", &build_info);
   m.def("simd_level", [] { return kSimdNames[int(g_simd)]; });

@@ -1,13 +1,16 @@
 // The yardsticks of the benchmarks: loops over whole arrays that do next to nothing. Not used in training.
 //
 // PlainLoop reads three arrays and writes two, as the fused step of QG-DSGDm does for one worker without
-// neighbours. PlainTiles does the same to n rows in the order of the fused step, tile by tile, with its
-// prefetching: what the order of access alone costs. PlainStreams<R, W> reads R arrays and writes the first W of them.
+// neighbours. PlainStreams<R, W> reads R arrays of [rows, cols] and writes the first W of them, `width` columns of each
+// row in turn: with one row it is one long loop, with the rows and the tile width of a fused step, and its
+// prefetching, it shows what that order of access alone costs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../platform.h"
+#include "gossip_step.h"
 
 namespace qgm::cpu {
 
@@ -21,35 +24,28 @@ struct PlainLoop {
   }
 };
 
-struct PlainTiles {
-  static QGM_HD void run(float* x, const float* g, float* m, int64_t rows, int64_t cols) {
-    constexpr int64_t kWidth = 64, kAhead = 2 * kWidth, kLine = 16;
-    for (int64_t begin = 0; begin + kWidth <= cols; begin += kWidth) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = i * cols + begin;
-        for (int64_t c = kAhead; c < kAhead + kWidth && begin + c < cols; c += kLine) {
-          __builtin_prefetch(x + at + c, 0, 2);
-          __builtin_prefetch(g + at + c, 0, 2);
-          __builtin_prefetch(m + at + c, 0, 2);
-        }
-        PlainLoop::run(x + at, g + at, m + at, kWidth);
-      }
-    }
-  }
-};
-
 constexpr int kMaxStreams = 8;
 
 template <int kReads, int kWrites>
 struct PlainStreams {
-  static QGM_HD void run(float* const* arrays, int64_t size) {
-    float* a[kReads];
-    for (int k = 0; k < kReads; ++k) a[k] = arrays[k];
-    QGM_INDEPENDENT_ITERATIONS
-    for (int64_t c = 0; c < size; ++c) {
-      float sum = 0.0f;
-      for (int k = 0; k < kReads; ++k) sum = sum * 0.5f + a[k][c];
-      for (int k = 0; k < kWrites; ++k) a[k][c] = sum;
+  static QGM_HD void run(float* const* arrays, int64_t rows, int64_t cols, int64_t width) {
+    constexpr int64_t kLine = 16;
+    const int64_t ahead = prefetch_tiles(rows) * width;
+    for (int64_t begin = 0; begin < cols; begin += width) {
+      const int64_t length = std::min(width, cols - begin);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* a[kReads];
+        for (int k = 0; k < kReads; ++k) a[k] = arrays[k] + i * cols + begin;
+        for (int64_t c = ahead; rows > 1 && c < ahead + length && begin + c < cols; c += kLine) {
+          for (int k = 0; k < kReads; ++k) __builtin_prefetch(a[k] + c, 0, 2);
+        }
+        QGM_INDEPENDENT_ITERATIONS
+        for (int64_t c = 0; c < length; ++c) {
+          float sum = 0.0f;
+          for (int k = 0; k < kReads; ++k) sum = sum * 0.5f + a[k][c];
+          for (int k = 0; k < kWrites; ++k) a[k][c] = sum;
+        }
+      }
     }
   }
 };

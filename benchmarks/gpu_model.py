@@ -22,7 +22,6 @@ import argparse
 import math
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,9 +172,7 @@ _CODE: dict[str, dict[str, sass.KernelCode]] = {}
 def tile_code(arch: str) -> dict[str, sass.KernelCode]:
     """Machine code of the fused tile kernel of RULE, by storage type."""
     if arch not in _CODE:
-        directory = Path(tempfile.gettempdir()) / "qgm_ext-cuda-rules"
-        directory.mkdir(exist_ok=True)
-        source = next(s for s in kernel_module.rule_sources(directory) if s.stem == "cuda_qg_dsgdm")
+        source = next(s for s in kernel_module.rule_sources() if s.stem == "cuda_qg_dsgdm")
         found = {}
         for code in sass.analyse(source, arch, include=[kernel_module.CSRC]).values():
             match = re.search(r"gossip_tile<.*QuasiGlobal<\w+, true>, (?:qgm::)?(\w+)>\(", code.signature)

@@ -4,7 +4,7 @@ Seven ops, registered with torch.library as ``torch.ops.qgm_ext.*``; the first f
 nothing:
 
 - ``gossip_step_``: the fused step of n stacked workers: local step, gossip averaging and merge in one pass;
-- ``relay_step_``: the same with messages relayed over trees, RelaySum (CPU only);
+- ``relay_step_``: the same with messages relayed over trees, RelaySum;
 - ``local_step_``, ``merge_``: the same step of one worker in two halves, around communication;
 - ``squared_norms``, ``consensus_distance``, ``rows_are_finite``: reductions with a fixed order of summation.
 
@@ -261,9 +261,6 @@ def _relay_step(
 ) -> None:
     op, device = "relay_step_", x.device
     _check_x(op, x, 2)
-    native = _native(device.type)
-    if not hasattr(native, "relay_step"):
-        raise ValueError(f"{op}: the kernels of {device.type} can't relay yet; put x on the CPU")
     known = _rule(op, device.type, rule)
     _check_counts(op, known, state, hyper)
     compute, (n, dim), trees = compute_dtype(x.dtype), x.shape, offsets.shape[0]
@@ -283,7 +280,7 @@ def _relay_step(
             raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
     kept = [("messages", messages)] if edges else []
     _check_disjoint(op, [("x", x), *kept, *((f"state[{k}]", v) for k, v in enumerate(state))], [("g", g)])
-    native.relay_step(
+    _native(device.type).relay_step(
         rule,
         _DTYPES[x.dtype],
         x.data_ptr(),
@@ -512,7 +509,7 @@ def relay_step_(
         hyper: its hyper-parameters.
 
     Raises:
-        TypeError, ValueError: as in :func:`gossip_step_`, or if the device or the rule has no such kernel.
+        TypeError, ValueError: as in :func:`gossip_step_`, or if the rule can't be relayed.
     """
     torch.ops.qgm_ext.relay_step_.default(x, g, state, messages, *trees, counts, rule, hyper)
 

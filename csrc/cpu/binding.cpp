@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../relay_binding.h"
 #include "plain_loop.h"
 #include "reduce.h"
 #include "registry.h"
@@ -39,8 +40,10 @@ struct Backend {
   using GossipStep = GossipStepArguments;
   using LocalStep = LocalStepArguments;
   using Merge = MergeArguments;
+  using RelayStep = RelayStepArguments;
 
   static const std::vector<RuleEntry>& registry() { return qgm::cpu::registry(); }
+  static const auto& relay_registry() { return qgm::cpu::relay_registry(); }
 
   template <class Arguments>
   static void place(Arguments& a, int threads) {
@@ -69,60 +72,27 @@ struct Backend {
       }
     }
   }
+
+  // Nor may damaged trees.
+  static void check_relay(const RelayStepArguments& a) {
+    const auto refuse = [](const std::string& what) {
+      throw py::value_error("relay_step_: the trees are damaged: " + what);
+    };
+    for (int64_t k = 0; k < a.trees; ++k) {
+      const int32_t* const offsets = a.offsets + k * (a.rows + 1);
+      if (offsets[0] != 0 || offsets[a.rows] != a.edges()) refuse("their offsets don't end at 2 (n - 1)");
+      for (int64_t i = 0; i < a.rows; ++i) {
+        if (offsets[i] > offsets[i + 1]) refuse("their offsets fall");
+      }
+      for (int64_t e = 0; e < a.edges(); ++e) {
+        const int32_t sender = a.senders[k * a.edges() + e], back = a.reverse[k * a.edges() + e];
+        if (sender < 0 || sender >= a.rows || back < 0 || back >= a.edges()) refuse("an edge is out of range");
+      }
+    }
+  }
 };
 
 using Binding = qgm::Binding<Backend, int>;
-
-void check_relay(const RelayStepArguments& a) {
-  const auto refuse = [](const std::string& what) {
-    throw py::value_error("relay_step_: the trees are damaged: " + what);
-  };
-  for (int64_t k = 0; k < a.trees; ++k) {
-    const int32_t* const offsets = a.offsets + k * (a.rows + 1);
-    if (offsets[0] != 0 || offsets[a.rows] != a.edges()) refuse("their offsets don't end at 2 (n - 1)");
-    for (int64_t i = 0; i < a.rows; ++i) {
-      if (offsets[i] > offsets[i + 1]) refuse("their offsets fall");
-    }
-    for (int64_t e = 0; e < a.edges(); ++e) {
-      const int32_t sender = a.senders[k * a.edges() + e], back = a.reverse[k * a.edges() + e];
-      if (sender < 0 || sender >= a.rows || back < 0 || back >= a.edges()) refuse("an edge is out of range");
-    }
-  }
-}
-
-void py_relay_step(const std::string& rule, int dtype, Address x, Address g, const std::vector<Address>& state,
-                   int64_t rows, int64_t cols, int64_t x_stride, int64_t g_stride, int64_t state_stride, int64_t trees,
-                   Address offsets, Address senders, Address reverse, Address message, int64_t message_stride,
-                   Address counts, const std::vector<double>& hyper, int threads) {
-  const RelayEntry* entry = nullptr;
-  for (const RelayEntry& candidate : relay_registry()) {
-    if (candidate.name == rule) entry = &candidate;
-  }
-  if (entry == nullptr) throw py::value_error("relay_step_: rule '" + rule + "' can't be relayed");
-  qgm::expect(*entry, "state vectors", entry->states, state.size());
-  qgm::expect(*entry, "hyper-parameters", entry->hyper, hyper.size());
-  RelayStepArguments a{};
-  a.x = pointer(x);
-  a.g = pointer(g);
-  for (size_t k = 0; k < state.size(); ++k) a.state[k] = pointer(state[k]);
-  a.rows = rows;
-  a.cols = cols;
-  a.x_stride = x_stride;
-  a.g_stride = g_stride;
-  a.state_stride = state_stride;
-  a.hyper = hyper.data();
-  a.trees = trees;
-  a.offsets = static_cast<const int32_t*>(pointer(offsets));
-  a.senders = static_cast<const int32_t*>(pointer(senders));
-  a.reverse = static_cast<const int32_t*>(pointer(reverse));
-  a.message = pointer(message);
-  a.message_stride = message_stride;
-  a.counts = pointer(counts);
-  Backend::place(a, threads);
-  check_relay(a);
-  const py::gil_scoped_release release;
-  entry->relay_step[dtype](a);
-}
 
 // One reduction for each storage type, in the order of DType.
 template <class Out>
@@ -218,7 +188,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of qgm_ext; use them through qgm_ext.ops.";
   Binding::define(m);
-  m.def("relay_step", &py_relay_step);
+  qgm::bind_relay_step<Backend, int>(m);
   m.def("plain_streams", &py_plain_streams, py::arg("arrays"), py::arg("writes"), py::arg("rows"), py::arg("cols"),
         py::arg("width"),
         "For benchmarks: reads float32 [rows, cols] arrays and writes the first of them, `width` columns at a time.");

@@ -1,14 +1,11 @@
-// Compiles the relayed pass for the rules of dsgd.h (RelaySGD) and relay.h (RelaySGD/Grad).
+// Compiles the relayed pass for the rules of RelaySGD and RelaySGD/Grad.
 #include "relay.h"
-
-#include "../rules/dsgd.h"
-#include "../rules/relay.h"
 
 namespace qgm::cpu {
 namespace {
 
 template <template <class> class RuleOf>
-RelayEntry make_relay_entry() {
+RelayEntry<RelayStepArguments> make_relay_entry() {
   using Rule = RuleOf<float>;
   return {Rule::kName,
           Rule::kHyper,
@@ -18,16 +15,14 @@ RelayEntry make_relay_entry() {
 }
 
 template <template <class> class... RuleOf>
-std::vector<RelayEntry> entries(RuleList<RuleOf...>) {
+RelayTable<RelayStepArguments> entries(RuleList<RuleOf...>) {
   return {make_relay_entry<RuleOf>()...};
 }
 
 }  // namespace
 
-const std::vector<RelayEntry>& relay_registry() {
-  using namespace rules;
-  static const std::vector<RelayEntry> table = entries(
-      RuleList<dsgd::Dsgd, dsgd::Dsgdm, dsgd::DsgdmN, relay::RelayGrad, relay::RelayGradM, relay::RelayGradMN>{});
+const RelayTable<RelayStepArguments>& relay_registry() {
+  static const RelayTable<RelayStepArguments> table = entries(RelayedRules{});
   return table;
 }
 

@@ -10,20 +10,12 @@
 // Source: Vogels et al., "RelaySum for Decentralized Deep Learning" (NeurIPS 2021, arXiv 2110.04175).
 #pragma once
 
+#include "../relay.h"
 #include "gossip_step.h"
 
 namespace qgm::cpu {
 
-struct RelayStepArguments : GossipStepArguments {
-  // Edges of K trees of rows workers, those into a worker together, ascending by sender.
-  int64_t trees;
-  const int32_t* offsets;  // [trees, rows + 1]: where the edges into a worker begin
-  const int32_t* senders;  // [trees, edges]
-  const int32_t* reverse;  // [trees, edges]: the edge in the other direction
-  void* message;           // [edges, cols], compute type
-  int64_t message_stride;
-  const void* counts;  // [trees, rows], compute type
-
+struct RelayStepArguments : GossipStepArguments, RelayArguments {
   int64_t edges() const { return 2 * (rows - 1); }
 };
 

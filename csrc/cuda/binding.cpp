@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "../relay_binding.h"
 #include "reduce.h"
+#include "relay.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -20,8 +22,10 @@ struct Backend {
   using GossipStep = GossipStepArguments;
   using LocalStep = LocalStepArguments;
   using Merge = MergeArguments;
+  using RelayStep = RelayStepArguments;
 
   static const std::vector<RuleEntry>& registry() { return qgm::cuda::registry(); }
+  static const auto& relay_registry() { return qgm::cuda::relay_registry(); }
 
   template <class Arguments>
   static void place(Arguments& a, int device, Address stream) {
@@ -31,6 +35,9 @@ struct Backend {
 
   // The matrix lies on the device: qgm_ext.mixing.Mixing has checked it, and looking would mean waiting.
   static void check_mixing(const qgm::Mixing&, int64_t) {}
+
+  // Nor for trees, which qgm_ext.trees.Trees makes.
+  static void check_relay(const RelayStepArguments&) {}
 };
 
 template <class Out>
@@ -62,6 +69,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of qgm_ext; use them through qgm_ext.ops.";
   qgm::Binding<Backend, int, Address>::define(m);
+  qgm::bind_relay_step<Backend, int, Address>(m);
   define_reduction<&squared_norms>(m, "squared_norms");
   define_reduction<&consensus_distance>(m, "consensus_distance");
   define_reduction<&rows_are_finite>(m, "rows_are_finite");

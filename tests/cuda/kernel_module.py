@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import os
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -35,8 +36,10 @@ HYPER = [0.1, 0.9, 0.8, 1e-4, 2.0, 1.0, 0.7, 0.3, 0.2, 0.6]
 STREAM = 0x5EED  # a stream handle that the launches must carry
 
 
-def rule_sources(directory: Path) -> list[Path]:
+def rule_sources() -> list[Path]:
     """One source per rule header, as setup.py writes them."""
+    directory = Path(tempfile.gettempdir()) / f"qgm_ext-cuda-rules-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
     sources = []
     for header in sorted((CSRC / "rules").glob("*.h")):
         if header.stem == "rule":
@@ -48,7 +51,9 @@ def rule_sources(directory: Path) -> list[Path]:
             f"    qgm::cuda::register_rules(qgm::rules::{header.stem}::Rules{{}});\n"
         )
         if not source.exists() or source.read_text() != text:
-            source.write_text(text)
+            whole = source.with_suffix(f".{os.getpid()}")
+            whole.write_text(text)
+            whole.replace(source)  # at once: other test processes may be compiling it
         sources.append(source)
     return sources
 
@@ -57,9 +62,8 @@ class MockModule:
     """The module ``_cuda`` on the PTX machine."""
 
     def __init__(self, defines: Sequence[str] = (), only: str | None = None, **options: Any) -> None:
-        directory = Path(tempfile.gettempdir()) / "qgm_ext-cuda-rules"
-        directory.mkdir(exist_ok=True)
-        sources = [s for s in rule_sources(directory) if only is None or s.stem == f"cuda_{only}"]
+        sources = [*rule_sources(), CSRC / "cuda" / "relay.cu"]
+        sources = [s for s in sources if only in (None, s.name, s.stem.removeprefix("cuda_"))]
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         built = harness.build(
             [*sources, CSRC / "cuda" / "reduce.cu"],
@@ -106,6 +110,44 @@ class MockModule:
                 hyper,
                 NO_ROW_SCALARS,
                 device,
+                STREAM,
+            )
+
+    def relay_step(
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: list[Tensor],
+        messages: Tensor,
+        trees: tuple[Tensor, ...],
+        counts: Tensor,
+        rule: str,
+        hyper: list[float],
+    ) -> None:
+        offsets, senders, reverse = (t.clone() for t in trees)
+        named = {"x": x, "g": g, "state": state, "messages": messages, "counts": counts.clone()}
+        named |= {"offsets": offsets, "senders": senders, "reverse": reverse}
+        with self.mapped(**{name: value for name, value in named.items() if isinstance(value, list) or value.numel()}):
+            self.module.relay_step(
+                rule,
+                DTYPES[x.dtype],
+                x.data_ptr(),
+                g.data_ptr(),
+                [s.data_ptr() for s in state],
+                x.shape[0],
+                x.shape[1],
+                x.stride(0),
+                g.stride(0),
+                state[0].stride(0) if state else 0,
+                len(offsets),
+                offsets.data_ptr(),
+                senders.data_ptr(),
+                reverse.data_ptr(),
+                messages.data_ptr(),
+                messages.stride(0),
+                named["counts"].data_ptr(),
+                hyper,
+                0,
                 STREAM,
             )
 

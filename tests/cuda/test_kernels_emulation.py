@@ -35,7 +35,7 @@ def run(sanitizer: str, op: str, seed: int = 0, fault: str | None = None) -> sub
 
 
 @pytest.mark.parametrize("sanitizer", list(SANITIZERS))
-@pytest.mark.parametrize("op", ["tile", "columns", "process", "reductions"])
+@pytest.mark.parametrize("op", ["tile", "columns", "relay", "process", "reductions"])
 def test_kernels_run_clean_in_every_thread_order(sanitizer: str, op: str) -> None:
     for seed in (0, 1, 2):
         done = run(sanitizer, op, seed)
@@ -47,9 +47,11 @@ def test_kernels_run_clean_in_every_thread_order(sanitizer: str, op: str) -> Non
     [
         ("thread", "tile", "QGM_FAULT_NO_BARRIER", "ThreadSanitizer"),
         ("thread", "columns", "QGM_FAULT_NO_BARRIER", "data race"),
+        ("thread", "relay", "QGM_FAULT_NO_BARRIER", "data race"),
         ("thread", "reductions", "QGM_FAULT_NO_BARRIER", "data race"),
         ("thread", "tile", "QGM_FAULT_GRID", "data race"),
         ("address", "columns", "QGM_FAULT_TAIL", "AddressSanitizer"),
+        ("address", "relay", "QGM_FAULT_TAIL", "AddressSanitizer"),
         ("address", "process", "QGM_FAULT_TAIL", "AddressSanitizer"),
         ("address", "reductions", "QGM_FAULT_TAIL", "AddressSanitizer"),
     ],

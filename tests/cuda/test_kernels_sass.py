@@ -8,7 +8,6 @@ state once, whole sectors, no bank conflict.
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,8 @@ needs_mock = pytest.mark.skipif(bool(mock_reason), reason=mock_reason or "nvcc i
 
 # Headers whose rules all take numbers of each worker have no CUDA kernels (csrc/cuda/registry.h).
 WITHOUT_KERNELS = {"cuda_push_sum", "cuda_qg_dadam"}
-RULE_SOURCES = kernel_module.rule_sources(Path(tempfile.mkdtemp(prefix="qgm_ext-sass-")))
-SOURCES = [*(path for path in RULE_SOURCES if path.stem not in WITHOUT_KERNELS), CSRC / "cuda" / "reduce.cu"]
+RULE_SOURCES = [path for path in kernel_module.rule_sources() if path.stem not in WITHOUT_KERNELS]
+SOURCES = [*RULE_SOURCES, CSRC / "cuda" / "reduce.cu", CSRC / "cuda" / "relay.cu"]
 # By default one architecture of each PTX and the newest; the others are behind the marker ``exhaustive``.
 ARCHITECTURES = [
     pytest.param(arch, marks=[] if arch in ("sm_75", "sm_90", "sm_120") else pytest.mark.exhaustive)
@@ -38,7 +37,7 @@ ARCHITECTURES = [
 RARE = ("SlowmoOuter", "MomentumTrackingStart")
 # Registers a thread: three blocks of 256 threads a multiprocessor for the tile, four for the others. Rules that
 # move many vectors, and doubles, which take two registers, run with two blocks: 128 registers.
-LIMITS = {"gossip_tile": 80, "gossip_columns": 80, "local_flat": 64, "merge_flat": 64}
+LIMITS = {"gossip_tile": 80, "gossip_columns": 80, "relay_tile": 80, "local_flat": 64, "merge_flat": 64}
 
 
 def name_of(code: sass.KernelCode) -> str:
@@ -52,7 +51,7 @@ def is_16_bit(code: sass.KernelCode) -> bool:
 
 
 def is_double(code: sass.KernelCode) -> bool:
-    return "double>(" in code.signature
+    return re.search(r"double(, \d)?>\(", code.signature) is not None
 
 
 def main_loop(code: sass.KernelCode, kind: str) -> list[sass.SassInstruction]:
@@ -83,6 +82,15 @@ def test_machine_code_of_every_kernel(source: Path, arch: str) -> None:
             if any(rule in code.signature for rule in RARE):
                 continue
             assert code.load_bytes_in_flight() >= (64 if is_16_bit(code) else 128), code.signature
+        if name == "relay_tile" and ", 1>(" not in code.signature:
+            widths = {8, 16} if is_16_bit(code) else {16}
+            # The trees, 4 bytes, and the counts, 4 or 8, come through L1, one address for all lanes.
+            trees = {4, 8} if is_double(code) else {4}
+            assert {i.width for i in code.accesses("global", "load")} <= widths | trees, code.signature
+            assert {i.width for i in code.accesses("global", "store")} <= widths, code.signature
+            assert {i.width for i in code.accesses("shared", "store")} == {16}, code.signature
+            # x and g, before the messages of the last step
+            assert code.load_bytes_in_flight() >= (16 if is_16_bit(code) else 32), code.signature
         if name in ("local_flat", "merge_flat"):
             assert max(i.width for i in code.accesses("global", "store")) == (16 if "local" in name else payload(code))
 

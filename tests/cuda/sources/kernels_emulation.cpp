@@ -11,9 +11,11 @@
 #include "cpu/gossip_step.h"
 #include "cpu/process_step.h"
 #include "cpu/reduce.h"
+#include "cpu/relay_step.h"
 #include "cuda/gossip_step.h"
 #include "cuda/process_step.h"
 #include "cuda/reduce.cu"
+#include "cuda/relay_step.h"
 #include "rules/dsgd.h"
 #include "rules/qg_dsgdm.h"
 
@@ -82,6 +84,60 @@ static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, 
   check(x, x_cpu, size, "gossip_step x");
   check(state, state_cpu, size, "gossip_step state 0");
   check(second, second_cpu, size, "gossip_step state 1");
+}
+
+// Trees in turn a binary tree and a chain; stride and offset as above, for the messages too.
+template <template <class> class RuleOf, class Storage>
+static void relay(int64_t trees, int64_t rows, int64_t cols, int64_t stride, int64_t offset) {
+  using T = Compute<Storage>;
+  constexpr int kStates = RuleOf<T>::kStates;
+  const int64_t edges = 2 * (rows - 1), size = offset + (rows - 1) * stride + cols;
+  const int64_t messages = edges == 0 ? 0 : offset + (edges - 1) * stride + cols;
+  Buffer<Storage> x(size), g(size), x_cpu(size);
+  Buffer<T> state(size), state_cpu(size), message(messages), message_cpu(messages), counts(trees * rows);
+  fill(x, size), fill(g, size), fill(state, size), fill(message, messages), fill(counts, trees * rows);
+  for (int64_t k = 0; k < size; ++k) x_cpu[k] = x[k], state_cpu[k] = state[k];
+  for (int64_t k = 0; k < messages; ++k) message_cpu[k] = message[k];
+  Buffer<int32_t> offsets(trees * (rows + 1)), senders(trees * edges), reverse(trees * edges);
+  for (int64_t k = 0; k < trees; ++k) {
+    const auto linked = [&](int64_t i, int64_t j) {
+      const int64_t child = i > j ? i : j, parent = i > j ? j : i;
+      return child != parent && parent == (k % 2 == 0 ? (child - 1) / 2 : child - 1);
+    };
+    std::vector<int32_t> to, from;
+    for (int64_t i = 0; i < rows; ++i) {
+      offsets[k * (rows + 1) + i] = int32_t(to.size());
+      for (int64_t j = 0; j < rows; ++j) {
+        if (linked(i, j)) to.push_back(int32_t(i)), from.push_back(int32_t(j));
+      }
+    }
+    offsets[k * (rows + 1) + rows] = int32_t(to.size());
+    for (int64_t e = 0; e < edges; ++e) {
+      senders[k * edges + e] = from[size_t(e)];
+      for (int64_t f = 0; f < edges; ++f) {
+        if (to[size_t(f)] == from[size_t(e)] && from[size_t(f)] == to[size_t(e)]) reverse[k * edges + e] = int32_t(f);
+      }
+    }
+  }
+
+  cpu::RelayStepArguments a{};
+  a.x = x_cpu.data() + offset, a.g = g.data() + offset;
+  if (kStates > 0) a.state[0] = state_cpu.data() + offset;
+  a.rows = rows, a.cols = cols, a.x_stride = a.g_stride = a.state_stride = a.message_stride = stride;
+  a.trees = trees, a.offsets = offsets.data(), a.senders = senders.data(), a.reverse = reverse.data();
+  a.message = message_cpu.data() + offset, a.counts = counts.data();
+  a.hyper = kHyper, a.threads = 1, a.simd = cpu::Simd::kBaseline;
+  cpu::relay_step<RuleOf, Storage>(a);
+
+  cuda::RelayStepArguments b{};
+  static_cast<GossipStepArguments&>(b) = a;
+  static_cast<RelayArguments&>(b) = a;
+  b.x = x.data() + offset, b.message = message.data() + offset;
+  if (kStates > 0) b.state[0] = state.data() + offset;
+  cuda::relay_step<RuleOf, Storage>(b);
+  check(x, x_cpu, size, "relay_step x");
+  check(state, state_cpu, size, "relay_step state");
+  check(message, message_cpu, messages, "relay_step message");
 }
 
 template <template <class> class RuleOf, class Storage>
@@ -176,6 +232,11 @@ int main(int count, char** arguments) {
       gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 4, 71, 73, 0);
       gossip<rules::qg_dsgdm::QgDsgdm, float16>(form, 18, 40, 41, 0);
     }
+  } else if (is("relay")) {
+    relay<rules::dsgd::DsgdmN, float>(2, 5, 301, 304, 0);
+    relay<rules::relay::RelayGradM, bfloat16>(1, 33, 40, 44, 3);
+    relay<rules::relay::RelayGrad, float16>(3, 9, 71, 73, 0);
+    relay<rules::dsgd::Dsgd, double>(1, 1, 9, 9, 0);
   } else if (is("process")) {
     process<rules::qg_dsgdm::QgDsgdmN, float>(777, 3, false, 0);
     process<rules::dsgd::DsgdmN, float16>(130, 5, true, 1);

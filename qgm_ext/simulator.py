@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from qgm_ext import cuda_graph as graphs
 from qgm_ext import engines, ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.cross_gradients import CrossOptimizer, make_optimizer
@@ -58,6 +59,18 @@ class Simulator:
         clip_grad_norm: if given, each worker's gradient is scaled to at most this 2-norm before the step, by
             min(1, clip_grad_norm / (norm + 1e-6)) as :func:`torch.nn.utils.clip_grad_norm_` does.
         on_nonfinite: as in :class:`StackedOptimizer`; a step that is left out leaves buffers as they were, too.
+        cuda_graph: replay steps as CUDA graphs instead of launching their kernels one by one, which takes longer than
+            running them where models are small. For models on a CUDA device. The bits are those of a step that is not
+            replayed, of batches in memory of their own (a library may sum unaligned ones otherwise). The first 3 steps
+            of each program (loss function, shapes of the batches, training mode, clip_grad_norm, autocast) run as
+            always, the fourth is recorded, which takes as long as some steps: so pass the same ``loss_fn`` or
+            ``closure`` object every time; the last 4 programs are kept. Model and loss must not read values on the
+            host, and what they do in Python happens only while recording. The update is in the graph whenever its
+            numbers have come before: always with a constant lr, once for each stretch of a piecewise constant schedule
+            (the last 16 are kept), in every period of a time-varying topology. With numbers that are new in every step
+            (another lr each, bias corrections of Adam), with on_nonfinite other than "ignore", and for algorithms that
+            look at tensors on the way (choco_sgd), it follows the replay. Algorithms that take several gradients a
+            step are refused. A replayed step counts as gradient in ``timings``. (Default: False)
         device, dtype: where and in which floating-point type the copies are kept; None keeps the model's.
         **hyper: hyper-parameters of the algorithm, if it is given by name: lr, momentum, ...
 
@@ -94,10 +107,13 @@ class Simulator:
         engine: EngineChoice = "loop",
         clip_grad_norm: float | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        cuda_graph: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **hyper: Any,
     ) -> None:
+        if not isinstance(cuda_graph, bool):
+            raise TypeError(f"cuda_graph must be True or False, got {cuda_graph!r}")
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a qgm_ext.topology.Topology, got {type(topology).__name__}")
         engines.check_name(engine, get_args(EngineChoice))
@@ -105,6 +121,7 @@ class Simulator:
         base = _private_copy(model, device, dtype)
         trainable = {name: p for name, p in base.named_parameters() if p.requires_grad}
         first = _check_alike(trainable)
+        runtime = graphs.runtime_of(first.device) if cuda_graph else None
         self._names = tuple(trainable)
         self._frozen = {name: p for name, p in base.named_parameters() if not p.requires_grad}
         n = topology.num_workers
@@ -116,6 +133,10 @@ class Simulator:
         for parameter, view in zip(trainable.values(), stacked, strict=True):
             view.copy_(parameter.detach())
         self.opt = make_optimizer(x, topology, algorithm, model=base, layout=layout, on_nonfinite=on_nonfinite, **hyper)
+        if cuda_graph and isinstance(self.opt, CrossOptimizer):
+            raise ValueError(
+                f"cuda_graph=True can't replay {self.opt.algorithm.name}, which takes several gradients a step"
+            )
 
         shared = {id(p): p for p in self._frozen.values()}
         self.models: tuple[nn.Module, ...] = (base, *(copy.deepcopy(base, dict(shared)) for _ in range(n - 1)))
@@ -141,6 +162,11 @@ class Simulator:
         self._engine: Engine | None = None if engine == "auto" else engines.make(engine, self._workers)
         self._timer = _Timer(x.device)
         self.engine_seconds: dict[str, float] = {}
+        self._graphs: graphs.StepGraphs | None = None
+        if runtime is not None:
+            self._graphs = graphs.StepGraphs(
+                runtime, self.opt, self.g, self.models, self._clipped_gradients, self._run_step
+            )
 
     @property
     def num_workers(self) -> int:
@@ -203,7 +229,7 @@ class Simulator:
         def closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             return loss_fn(model(batch[0]), batch[1])
 
-        return self._step(closure, pairs, stacked, lr)
+        return self._step(loss_fn, closure, pairs, stacked, lr)
 
     def step_closure(self, closure: Closure, batches: Sequence[Any], lr: float | None = None) -> Tensor:
         """One step of all workers whose loss is computed by ``closure(model, batch)``, for models that :meth:`step`
@@ -223,7 +249,7 @@ class Simulator:
             raise TypeError(f"batches must be a sequence with one batch per worker, got {type(batches).__name__}")
         if len(batches) != self.num_workers:
             raise ValueError(f"batches must hold one batch per worker, {self.num_workers}, got {len(batches)}")
-        return self._step(closure, batches, None, lr)
+        return self._step(closure, closure, batches, None, lr)
 
     def consensus_distance(self) -> float:
         """How far the workers are apart: sqrt((1/n) sum_i ||x_i - mean||^2)."""
@@ -351,21 +377,25 @@ class Simulator:
     def __repr__(self) -> str:
         return f"Simulator({type(self.models[0]).__name__}, {self.opt!r}, engine={self.engine!r})"
 
-    def _step(self, closure: Closure, batches: Sequence[Any], stacked: Any, lr: float | None) -> Tensor:
+    def _step(
+        self, function: Callable[..., Any], closure: Closure, batches: Sequence[Any], stacked: Any, lr: float | None
+    ) -> Tensor:
+        """A step; ``function`` is what the caller gave, from which ``closure`` may have been made anew."""
         self._bind()
         if self._engine is None:
             self._engine, self.engine_seconds = engines.choose(self._workers, closure, batches, stacked)
+        if self._graphs is not None:
+            settings = (self._engine.name, self.clip_grad_norm)
+            return self._graphs.step(function, closure, batches, stacked, settings, lr)
+        return self._run_step(lambda: self._clipped_gradients(closure, batches, stacked, lr), lr)
+
+    def _run_step(self, compute: Callable[[], Tensor], lr: float | None) -> Tensor:
+        """A step whose gradients are written by ``compute()``, which returns the losses. All or nothing."""
         before = BufferSnapshot(self.models) if self._has_buffers else None
         taken = self.opt.num_steps
         try:
             with self._timer.phase("gradient"):
-                if isinstance(self.opt, CrossOptimizer):
-                    eta = self.opt.lr if lr is None else lr
-                    losses = self.opt.gradients(self._engine, self.g, closure, batches, stacked, eta)
-                else:
-                    losses = self._engine.gradients(closure, batches, stacked)
-                if self.clip_grad_norm is not None:
-                    self._clip(self.clip_grad_norm)
+                losses = compute()
             with self._timer.phase("optimizer"):
                 self.opt.step(self.g, lr)
         finally:
@@ -376,9 +406,23 @@ class Simulator:
                     self.opt.abandon()
         return losses
 
+    def _clipped_gradients(
+        self, closure: Closure, batches: Sequence[Any], stacked: Any, lr: float | None = None
+    ) -> Tensor:
+        """Write the gradients, clipped, into g; ``lr`` is for algorithms that take several."""
+        assert self._engine is not None
+        if isinstance(self.opt, CrossOptimizer):
+            eta = self.opt.lr if lr is None else lr
+            losses = self.opt.gradients(self._engine, self.g, closure, batches, stacked, eta)
+        else:
+            losses = self._engine.gradients(closure, batches, stacked)
+        if self.clip_grad_norm is not None:
+            self._clip(self.clip_grad_norm)
+        return losses
+
     def _clip(self, max_norm: float) -> None:
         scale = (max_norm / (ops.squared_norms(self.g).sqrt() + 1e-6)).clamp(max=1.0)
-        if self.g.device.type == "cpu":
+        if self.g.device.type == "cpu" and self._graphs is None:
             # Row by row, and only those too long: a pass over all of g costs as much as the step.
             for row, factor in zip(self.g, scale.tolist(), strict=True):
                 if not factor >= 1.0:  # NaN scales too

@@ -5,7 +5,8 @@ It knows vectors, not models (:mod:`qgm_ext.simulator`) and not process groups (
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +16,50 @@ from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, check_number
 from qgm_ext.flat import FlatLayout, padded
 from qgm_ext.topology import Topology
 
-__all__ = ["NonFiniteGradientError", "OnNonfinite", "StackedOptimizer"]
+__all__ = ["NonFiniteGradientError", "OnNonfinite", "Plan", "StackedOptimizer"]
 
 OnNonfinite = Literal["raise", "skip", "ignore"]
 
 
 class NonFiniteGradientError(ValueError):
     """A gradient held an infinity or NaN; parameters and state are as before the step."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step will launch, known before it starts; see :meth:`StackedOptimizer.plan`.
+
+    Args:
+        parts: its passes.
+        lr: its step size.
+        scalars: the algorithm's numbers of each worker after it.
+        bytes_sent: by all workers together.
+    """
+
+    parts: tuple[Pass | RelayPass, ...]
+    lr: float
+    scalars: dict[str, Tensor]
+    bytes_sent: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for steps that launch the same kernels with the same numbers, those of each worker excepted.
+
+        Mixing matrices and trees are named by their identity, so the plan must live as long as the key.
+        """
+        return tuple(
+            (part.rule, *part.hyper, *part.state, id(part.trees), part.messages)
+            if isinstance(part, RelayPass)
+            else (part.rule, *part.hyper, *part.state, id(part.mixing))
+            for part in self.parts
+        )
+
+    def copy_numbers(self, prepared: tuple[Pass | RelayPass, ...]) -> None:
+        """Copy this step's numbers of each worker to where the passes of an equal plan read them."""
+        for part, place in zip(self.parts, prepared, strict=True):
+            source, target = _numbers(part), _numbers(place)
+            if source is not None and target is not None:
+                target.copy_(source, non_blocking=True)
 
 
 class StackedOptimizer:
@@ -115,6 +153,7 @@ class StackedOptimizer:
         }
         algorithm.start_state(topology, self.x, self._state)
         self._scalars = algorithm.initial_scalars(n)
+        self._reads_between_passes = False
 
     @property
     def scalars(self) -> dict[str, Tensor]:
@@ -154,45 +193,96 @@ class StackedOptimizer:
         self._previous_lr = eta or self._previous_lr
         self.num_steps += 1
 
+    def plan(self, lr: float | None = None) -> Plan | None:
+        """What :meth:`step` would launch now, without doing it.
+
+        Args:
+            lr: as in :meth:`step`.
+
+        Returns:
+            None if that is not known in advance: the algorithm looks at parameters, gradients or state between its
+            passes, or the gradients are to be checked first (on_nonfinite).
+
+        Raises:
+            ValueError: if lr does not fit.
+        """
+        eta = self.lr if lr is None else lr
+        check_number("lr", eta, low=0.0)
+        if self.on_nonfinite != "ignore" or self._reads_between_passes:
+            return None
+        state = {name: _unread(vector) for name, vector in self._state.items()}
+        step = self._step_with(_unread(self.x), _unread(self.x), state, eta)
+        try:
+            parts = tuple(self.algorithm.passes(step))
+        except (_ReadError, TypeError):  # the latter from an operator on what is no tensor
+            self._reads_between_passes = True
+            return None
+        return Plan(parts, eta, step.scalars, sum(map(self._bytes_of, parts)))
+
+    def prepare(self, plan: Plan) -> tuple[Pass | RelayPass, ...]:
+        """The passes of a plan with everything that they read on the device, in memory of its own, to be launched
+        again and again; numbers of each worker are those of :meth:`Plan.copy_numbers`.
+        """
+        compute, device = ops.compute_dtype(self.x.dtype), self.x.device
+        prepared: list[Pass | RelayPass] = []
+        for part in plan.parts:
+            if isinstance(part, RelayPass):
+                part.trees.tensors(device)
+                counts = torch.empty(part.counts.shape, dtype=compute, device=device)
+                prepared.append(replace(part, counts=counts))
+                continue
+            part.mixing.tensors(device, compute)
+            scalars = part.row_scalars
+            if scalars is not None:
+                scalars = torch.empty(scalars.shape, dtype=compute, device=device)
+            prepared.append(replace(part, row_scalars=scalars))
+        return tuple(prepared)
+
+    def commit(self, plan: Plan) -> None:
+        """Count a planned step whose passes have been launched."""
+        self._count(plan.bytes_sent, plan.scalars)
+        self._previous_lr = plan.lr or self._previous_lr
+        self.num_steps += 1
+
+    def _step_with(self, x: Tensor, g: Tensor, state: dict[str, Tensor], eta: float) -> Step:
+        previous = eta if self._previous_lr is None else self._previous_lr
+        return Step(self.num_steps, eta, previous, self.topology, x, g, state, dict(self._scalars), self._segments)
+
     def _advance(self, g: Tensor, eta: float) -> None:
         """The step itself, after the checks."""
-        previous = eta if self._previous_lr is None else self._previous_lr
-        scalars = dict(self._scalars)
-        step = Step(self.num_steps, eta, previous, self.topology, self.x, g, self._state, scalars, self._segments)
-        self.bytes_sent_per_step = sum(self._run(part, g) for part in self.algorithm.passes(step))
-        self.bytes_sent += self.bytes_sent_per_step
+        step, sent = self._step_with(self.x, g, self._state, eta), 0
+        for part in self.algorithm.passes(step):
+            self.launch(part, g)
+            sent += self._bytes_of(part)
+        self._count(sent, step.scalars)
+
+    def _count(self, sent: int, scalars: dict[str, Tensor]) -> None:
+        self.bytes_sent_per_step = sent
+        self.bytes_sent += sent
         self._scalars = scalars
 
-    def _run(self, part: Pass | RelayPass, g: Tensor) -> int:
-        """Run one pass; returns the bytes that all workers together send for it."""
+    def launch(self, part: Pass | RelayPass, g: Tensor) -> None:
+        """Run one pass of a step."""
         compute = ops.compute_dtype(self.x.dtype)
+        state = [self._state[name] for name in part.state]
         if isinstance(part, RelayPass):
-            messages = self._state[part.messages]
             counts = part.counts.to(device=self.x.device, dtype=compute)
-            state = [self._state[name] for name in part.state]
             tensors = part.trees.tensors(self.x.device)
-            ops.relay_step_(self.x, g, state, messages, tensors, counts, part.rule, part.hyper)
-            return messages.shape[0] * self._num_sent * compute.itemsize
-        ops.gossip_step_(
-            self.x,
-            g,
-            [self._state[name] for name in part.state],
-            part.mixing.tensors(self.x.device, compute),
-            part.mixing.form,
-            part.rule,
-            part.hyper,
-            part.row_scalars,
-        )
+            ops.relay_step_(self.x, g, state, self._state[part.messages], tensors, counts, part.rule, part.hyper)
+            return
+        mixing = part.mixing.tensors(self.x.device, compute)
+        ops.gossip_step_(self.x, g, state, mixing, part.mixing.form, part.rule, part.hyper, part.row_scalars)
+
+    def _bytes_of(self, part: Pass | RelayPass) -> int:
+        """What all workers together send for one pass."""
+        vector = self._num_sent * ops.compute_dtype(self.x.dtype).itemsize
+        if isinstance(part, RelayPass):
+            return self._state[part.messages].shape[0] * vector
         # An all-reduce moves 2 (n - 1) / n vectors for each worker.
         links = 2 * (len(self.x) - 1) if part.exact_mean else part.mixing.num_links
         if part.message_bytes is not None:
             return links * part.message_bytes
-        return (
-            links
-            * self._num_sent
-            * compute.itemsize
-            * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
-        )
+        return links * vector * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
 
     @property
     def _num_sent(self) -> int:
@@ -277,3 +367,33 @@ def _segments(layout: FlatLayout | None, dim: int) -> tuple[tuple[int, int], ...
     if layout.size != dim:
         raise ValueError(f"layout has {layout.size} elements, but x has rows of {dim}")
     return tuple((offset, shape.numel()) for offset, shape in zip(layout.offsets, layout.shapes, strict=True))
+
+
+def _numbers(part: Pass | RelayPass) -> Tensor | None:
+    """The numbers of each worker that a pass takes."""
+    return part.counts if isinstance(part, RelayPass) else part.row_scalars
+
+
+class _ReadError(Exception):
+    """An algorithm asked for values that are not known yet."""
+
+
+class _Unread:
+    """Stands for a tensor while a step is planned: its shape is known, its values are not."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cpu")
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getattr__(self, name: str) -> Any:
+        raise _ReadError(name)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise _ReadError("a torch function")
+
+
+def _unread(tensor: Tensor) -> Tensor:
+    return cast(Tensor, _Unread(tensor))

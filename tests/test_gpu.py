@@ -1,5 +1,7 @@
 """On a real GPU: the bits of the CPU backend, streams, CUDA graphs. `pytest -m gpu`; skips say what is missing.
 
+Everything here compares with the CPU, or a replayed step with a launched one, by torch.equal.
+
 What can be shown without a GPU is shown in tests/cuda.
 """
 
@@ -7,8 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from qgm_ext import StackedOptimizer, ops, topology
+from qgm_ext import Simulator, StackedOptimizer, algorithms, ops, topology
 
 
 def missing() -> str:
@@ -41,8 +45,16 @@ def step(
     x, g, *state = (b.as_strided((n, d), (stride, 1), offset) for b in buffers)
     matrix = getattr(topology, name)(n).mixing() if name != "social" else topology.social().mixing()
     tensors = matrix.tensors(dtype=compute, device=device)
-    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, HYPER[: known.hyper])
+    scalars = row_scalars(rule, generator, compute, n)
+    scalars = None if scalars is None else scalars.to(device)
+    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, HYPER[: known.hyper], scalars)
     return [b.cpu() for b in buffers]
+
+
+def row_scalars(rule: str, generator: torch.Generator, compute: torch.dtype, *rows: int) -> torch.Tensor | None:
+    """Numbers of each worker, [*rows, k], for a rule that takes them."""
+    count = ops.rules()[rule].row_scalars
+    return torch.rand(*rows, count, generator=generator, dtype=torch.float64).to(compute) + 0.5 if count else None
 
 
 def equal_bytes(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -82,12 +94,38 @@ def test_local_step_and_merge_give_the_bits_of_the_cpu(rule: str, dtype: torch.d
                 [make(compute) for _ in range(known.states)],
                 [make(compute) for _ in range(known.messages)],
             )
-            hyper = HYPER[: known.hyper]
-            ops.local_step_(x, grad, state, messages, rule, hyper)
+            hyper, scalars = HYPER[: known.hyper], row_scalars(rule, generator, compute)
+            scalars = None if scalars is None else scalars.to(device)
+            ops.local_step_(x, grad, state, messages, rule, hyper, scalars)
             received = [m for message in messages for m in (make(compute), message, make(compute))]
-            ops.merge_(x, grad, state, received, [0.2, 0.5, 0.3], d == 777, rule, hyper)
+            ops.merge_(x, grad, state, received, [0.2, 0.5, 0.3], d == 777, rule, hyper, scalars)
             results.append([t.cpu().clone() for t in (x, *state, *messages)])
         assert equal_bytes(*results), (rule, d, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("rule", ["dsgd", "dsgdm", "dsgdm_n", "relay_grad", "relay_grad_m", "relay_grad_m_n"])
+def test_relay_step_gives_the_bits_of_the_cpu(rule: str, dtype: torch.dtype) -> None:
+    known, compute = ops.rules()[rule], ops.compute_dtype(dtype)
+    graphs = (topology.chain, topology.star, topology.binary_tree, topology.double_binary_trees)
+    for n, d, stride, offset in ((1, 5, 64, 0), (5, 130, 192, 3), (16, 20_000, 20_032, 0), (33, 777, 778, 1)):
+        for graph in graphs:
+            trees, results = graph(n).trees(), []
+            for device in ("cpu", "cuda"):
+                generator = torch.Generator().manual_seed(n * 1009 + d)
+                kinds = [(n, dtype), (n, dtype), (trees.num_edges, compute), *[(n, compute)] * known.states]
+                buffers = [
+                    torch.randn(rows * stride + 16, generator=generator, dtype=torch.float64).to(kind).to(device)
+                    for rows, kind in kinds
+                ]
+                sizes = [rows for rows, _ in kinds]
+                views = [b.as_strided((r, d), (stride, 1), offset) for b, r in zip(buffers, sizes, strict=True)]
+                x, g, messages, *state = views
+                counts = torch.rand(len(trees.trees), n, generator=generator).to(device, compute)
+                hyper = HYPER[: known.hyper]
+                ops.relay_step_(x, g, state, messages, trees.tensors(device), counts, rule, hyper)
+                results.append([b.cpu() for b in buffers])
+            assert equal_bytes(*results), (rule, n, d, dtype, graph.__name__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
@@ -112,6 +150,79 @@ def test_stacked_optimizer_gives_the_bits_of_the_cpu_over_many_steps() -> None:
         ends.append((opt.x.cpu(), opt.consensus_distance()))
     assert torch.equal(ends[0][0], ends[1][0])
     assert float(ends[0][1]) == float(ends[1][1])
+
+
+# Compression runs in torch, whose sums have another order on a GPU.
+SAME_BITS = [n for n in algorithms.names() if not algorithms.get_class(n).needs_simulator and n != "choco_sgd"]
+
+
+@pytest.mark.parametrize("name", SAME_BITS)
+def test_every_algorithm_gives_the_bits_of_the_cpu(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(8, 7, 1000, generator=generator)
+    topo = topology.double_binary_trees(7) if name.startswith("relay") else topology.ring(7)
+    ends = []
+    for device in ("cpu", "cuda"):
+        opt = StackedOptimizer(torch.zeros(7, 1000, device=device), topo, name, lr=0.1)
+        for g in gradients:
+            opt.step(g.to(device))
+        ends.append([opt.x.cpu(), *(vector.cpu() for vector in opt.state.values())])
+    assert equal_bytes(*ends)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    ("name", "options", "recordings"),
+    [
+        ("qg_dsgdm_n", {}, (0, 1)),
+        ("qg_dsgdm_n", {"clip_grad_norm": 0.3}, (0, 1)),
+        ("qg_dsgdm_n", {"on_nonfinite": "skip"}, (1, 0)),
+        ("d_adam", {}, (1, 0)),
+        ("sgp", {}, (0, 1)),
+        ("relaysgd", {"fill": "current"}, (0, 1)),
+    ],
+)
+def test_replayed_steps_have_the_bits_of_launched_ones(
+    engine: str, name: str, options: dict[str, object], recordings: tuple[int, int]
+) -> None:
+    topo = topology.chain(8) if name == "relaysgd" else topology.ring(8)
+    sims = [
+        Simulator(small_model(), topo, name, lr=0.1, engine=engine, device="cuda", cuda_graph=on, **options)
+        for on in (True, False)
+    ]
+    for t in range(10):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(8, 16, 20, generator=generator).cuda()
+        y = torch.randint(0, 4, (8, 16), generator=generator).cuda()
+        assert torch.equal(*(sim.step(F.cross_entropy, (x, y)) for sim in sims)), t
+        assert torch.equal(sims[0].opt.x, sims[1].opt.x), t
+    for left, right in zip(*(sim.state_dict()["buffers"] for sim in sims), strict=True):
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    assert sims[0]._graphs is not None
+    assert sims[0]._graphs.recordings == recordings
+    assert sims[0].opt.bytes_sent == sims[1].opt.bytes_sent
+
+
+def test_a_model_that_reads_values_on_the_host_is_named_and_training_can_go_on() -> None:
+    def reading(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(scores, classes)
+        return loss * (1.0 if loss.item() > 0 else 2.0)
+
+    sim = Simulator(small_model(), topology.ring(4), "dsgdm", lr=0.1, device="cuda", cuda_graph=True)
+    pair = torch.randn(4, 16, 20, device="cuda"), torch.randint(0, 4, (4, 16), device="cuda")
+    for _ in range(3):
+        sim.step(reading, pair)
+    with pytest.raises(RuntimeError, match="cuda_graph=True can't record this step"):
+        sim.step(reading, pair)
+    assert sim.num_steps == 3
+    for _ in range(5):
+        sim.step(F.cross_entropy, pair)
+    assert sim.num_steps == 8
 
 
 def test_step_is_captured_in_a_cuda_graph() -> None:

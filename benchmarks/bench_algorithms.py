@@ -15,7 +15,7 @@ import warnings
 import pytest
 import torch
 
-from conftest import paired_minimum, report
+from conftest import paired_minimum, report, size
 from qgm_ext import StackedOptimizer, _cpu, algorithms, reference, topology
 
 NAMES = [name for name in algorithms.names() if not algorithms.get_class(name).needs_simulator]
@@ -47,7 +47,7 @@ def check(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_algorithm(benchmark, name):
     check(name)
-    n, dim = 16, 1_000_000
+    n, dim = 16, size(1_000_000)
     opt, g = setup(name, n, dim, torch.float32)
     vectors = [vector for vector in opt.state.values() if vector.shape == opt.x.shape]
     reads, writes = STATE.get(name, (len(vectors), len(vectors)))

@@ -12,6 +12,9 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a smoke run in several processes: idle threads must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
@@ -22,6 +25,11 @@ _smoke = False  # with --benchmark-disable every candidate runs once, to show th
 def pytest_configure(config: pytest.Config) -> None:
     global _smoke
     _smoke = config.getoption("benchmark_disable")
+
+
+def size(elements: int) -> int:
+    """So many elements, or a fiftieth of them in a smoke run, which shows that a case works and times nothing."""
+    return elements // 50 if _smoke else elements
 
 
 def paired_minimum(candidates: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""On a GPU: the fused step against a device-to-device copy, stock PyTorch, torch.compile and Triton.
+"""On a GPU: the fused and the relayed step against a device-to-device copy, the former also against stock PyTorch,
+torch.compile and Triton; a Simulator's steps launched one by one and replayed as CUDA graphs.
 
     pytest benchmarks/bench_gpu.py --benchmark-only -m gpu -s
 
@@ -13,9 +14,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from conftest import report
-from qgm_ext import ops, topology
+from qgm_ext import Simulator, ops, topology
 from stock_torch import StockQgDsgdmN
 
 if not torch.cuda.is_available():
@@ -69,11 +72,18 @@ def test_fused_step_on_a_gpu(benchmark, name: str, n: int, dtype: torch.dtype) -
     source = torch.empty(traffic // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = {"fused": milliseconds(fused), "copy": milliseconds(lambda: target.copy_(source))}
+    left_out = []
     if dtype == torch.float32:
         stock = StockQgDsgdmN(x.clone(), w, **HYPER)
         times["stock PyTorch"] = milliseconds(lambda: stock.step(g))
         times["torch.compile"] = milliseconds(compiled_step(x, g, m, w))
-    if n >= 16 and importlib.util.find_spec("triton"):
+    else:
+        left_out.append("stock PyTorch and torch.compile: written for float32")
+    if importlib.util.find_spec("triton") is None:
+        left_out.append("Triton: not installed")
+    elif n < 16:
+        left_out.append("Triton: its dot takes 16 rows or more")
+    else:
         import triton_step
 
         times["Triton"] = milliseconds(lambda: triton_step.step(x, g, m, w, *hyper))
@@ -95,7 +105,81 @@ def test_fused_step_on_a_gpu(benchmark, name: str, n: int, dtype: torch.dtype) -
                 for k, v in times.items()
                 if k not in ("fused", "copy")
             },
+            "not timed": "; ".join(left_out),
         },
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("name", ["chain", "double_binary_trees"])
+def test_relayed_step_on_a_gpu(benchmark, name: str, dtype: torch.dtype) -> None:
+    n, d = 16, ELEMENTS // 32
+    generator = torch.Generator("cuda").manual_seed(0)
+    trees = getattr(topology, name)(n).trees()
+    x, g = (torch.randn(n, d, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    m, messages = torch.zeros(n, d, device="cuda"), torch.zeros(trees.num_edges, d, device="cuda")
+    counts = torch.ones(len(trees.trees), n, device="cuda")
+
+    def relayed() -> None:
+        ops.relay_step_(x, g, [m], messages, trees.tensors("cuda"), counts, "dsgdm_n", [0.1, 0.9, 1e-4])
+
+    part = slice(0, 4096)
+    small = [t[:, part].cpu().contiguous() for t in (x, g, m, messages)]
+    ops.relay_step_(*small[:2], [small[2]], small[3], trees.tensors("cpu"), counts.cpu(), "dsgdm_n", [0.1, 0.9, 1e-4])
+    relayed()
+    for big, expected in ((x, small[0]), (m, small[2]), (messages, small[3])):
+        assert torch.equal(big[:, part].cpu(), expected)
+    traffic = n * d * (3 * dtype.itemsize + 2 * 4) + 2 * trees.num_edges * d * 4
+    source = torch.empty(traffic // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = {"relayed": milliseconds(relayed), "copy": milliseconds(lambda: target.copy_(source))}
+    benchmark.extra_info.update(n=n, D=d, dtype=str(dtype), topology=name, gpu=torch.cuda.get_device_name(), **times)
+    benchmark.pedantic(lambda: (relayed(), torch.cuda.synchronize()), rounds=3)
+    report(
+        f"Measured on {torch.cuda.get_device_name()}: RelaySGD step",
+        topology=name,
+        n=str(n),
+        D=f"{d:,}",
+        dtype=str(dtype)[6:],
+        ms=f"{times['relayed']:.3f}",
+        **{
+            "GB/s": f"{traffic / times['relayed'] / 1e6:.0f}",
+            "copy GB/s": f"{traffic / times['copy'] / 1e6:.0f}",
+            "of copy": f"{times['copy'] / times['relayed']:.0%}",
+        },
+    )
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("n", [16, 64])
+def test_replayed_simulator_step_on_a_gpu(benchmark, n: int, engine: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
+    pair = torch.randn(n, 32, 784, device="cuda"), torch.randint(0, 10, (n, 32), device="cuda")
+    sims = {
+        kind: Simulator(
+            model, topology.ring(n), "qg_dsgdm_n", lr=0.01, engine=engine, device="cuda", cuda_graph=kind == "replayed"
+        )
+        for kind in ("launched", "replayed")
+    }
+    for sim in sims.values():
+        for _ in range(5):
+            sim.step(F.cross_entropy, pair)
+    assert torch.equal(sims["launched"].opt.x, sims["replayed"].opt.x)
+
+    def one_step(kind: str) -> None:
+        sims[kind].step(F.cross_entropy, pair)
+        torch.cuda.synchronize()
+
+    times = {kind: milliseconds(lambda kind=kind: one_step(kind)) for kind in sims}
+    benchmark.extra_info.update(n=n, engine=engine, gpu=torch.cuda.get_device_name(), **times)
+    benchmark.pedantic(lambda: one_step("replayed"), rounds=3)
+    report(
+        f"Measured on {torch.cuda.get_device_name()}: Simulator step, MLP 784-200-200-10, batch 32",
+        n=str(n),
+        engine=engine,
+        **{"launched ms": f"{times['launched']:.2f}", "replayed ms": f"{times['replayed']:.2f}"},
+        faster=f"{times['launched'] / times['replayed']:.1f} x",
     )
 
 

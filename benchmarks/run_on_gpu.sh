@@ -41,17 +41,18 @@ section() {  # section TITLE COMMAND...: runs it, adds the end of its output to 
   { printf '\n## %s: %s\n\n```\n' "$title" "$result"; tail -n 5 "$log"; echo '```'; } >> "$report"
 }
 
-section "Same bits as the CPU" "$python" -m pytest tests/test_gpu.py -m gpu -q -p no:cacheprovider
+tests=("$python" -m pytest tests/test_gpu.py -m gpu -q -rs -p no:cacheprovider -o timeout=3600)
+section "Same bits as the CPU" "${tests[@]}"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     section "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-      "$python" -m pytest tests/test_gpu.py -m gpu -q -p no:cacheprovider -k "qg_dsgdm_n and float32 or reductions and bfloat16"
+      "${tests[@]}" -k "qg_dsgdm_n and float32 or relay_step and dsgdm_n and bfloat16 or reductions and bfloat16"
   done
 else
   printf '\n## compute-sanitizer: not installed here, not run\n' >> "$report"
 fi
 
-section "Timing" "$python" -m pytest benchmarks/bench_gpu.py -m gpu --benchmark-only --benchmark-columns=median -q -s
-{ echo; grep -E '^(Measured on|\|)' "$log" || true; } >> "$report"
+section "Timing" "$python" -m pytest benchmarks/bench_gpu.py -m gpu --benchmark-only --benchmark-columns=median -q -s -rs -o timeout=3600
+{ grep -E '^(Measured on|\|)' "$log" | sed 's/^Measured on.*/\n&\n/' || true; } >> "$report"
 echo "wrote $report"
 exit "$status"

@@ -19,6 +19,7 @@ that of A100 is an assumed share of its data sheet's peak. Caches are taken to h
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -34,6 +35,7 @@ import harness  # noqa: E402
 import kernel_module  # noqa: E402
 import sass  # noqa: E402
 from qgm_ext import topology  # noqa: E402
+from test_relay_end_to_end import RelayProblem  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ MODELS = {"ResNet-20": 272_474, "ResNet-18": 11_689_512, "ViT-B": 86_567_656, "1
 ISSUE_SHARE = 0.7  # of the peak instruction rate that real code reaches
 # PTX that is nothing in machine code: registers are renamed, and on 64-bit GPUs global addresses are generic ones.
 FREE = ("mov", "cvta")
-RULE = "qg_dsgdm_n"
+RULE, RELAY_RULE = "qg_dsgdm_n", "dsgdm_n"
 
 
 @dataclass(frozen=True)
@@ -107,34 +109,68 @@ def predict(module: kernel_module.MockModule, gpu: Gpu, n: int, dtype: torch.dty
     Raises:
         RuntimeError: if the launch took another path than one fused tile kernel.
     """
-    runtime = module.runtime
-    code = tile_code(gpu.arch)[STORAGE[dtype]]
-    runtime.reset(
+    code = machine_code("gossip", gpu.arch)[STORAGE[dtype]]
+    start_on(module, gpu)
+    problem = kernel_module.Problem(RULE, n, 10_240, dtype)
+    x, g, state = problem.views(problem.buffers)
+    matrix = topology.Mixing.from_matrix([[1.0]]) if n == 1 else getattr(topology, name)(n).mixing()
+    module.gossip_step(x, g, state, matrix, RULE, problem.hyper)
+    return roofline(module, gpu, code, problem, rows_per_thread=4, ideal_bytes=step_bytes(dtype))
+
+
+def predict_relay(module: kernel_module.MockModule, gpu: Gpu, n: int, dtype: torch.dtype, name: str) -> Prediction:
+    """The same for a relayed step; its messages count as bytes of x, which has fewer rows.
+
+    Raises:
+        RuntimeError: if the launch took another path than one vectorised kernel.
+    """
+    code = machine_code("relay", gpu.arch)[STORAGE[dtype]]
+    start_on(module, gpu)
+    trees = getattr(topology, name)(n).trees()
+    problem = RelayProblem(RELAY_RULE, n, 2_560, dtype, trees)
+    problem.run(module.relay_step, problem.buffers)
+    messages = 2 * trees.num_edges / n * max(4, dtype.itemsize)
+    return roofline(module, gpu, code, problem, rows_per_thread=1, ideal_bytes=step_bytes(dtype) + messages)
+
+
+def step_bytes(dtype: torch.dtype) -> float:
+    """Bytes of one element: x, g and one state read, x and the state written."""
+    return 3 * dtype.itemsize + 2 * max(4, dtype.itemsize)
+
+
+def start_on(module: kernel_module.MockModule, gpu: Gpu) -> None:
+    module.runtime.reset(
         multiprocessors=gpu.multiprocessors,
         shared_bytes_opt_in=gpu.shared_bytes_per_block,
         shared_bytes_per_multiprocessor=gpu.shared_bytes,
     )
-    d = 10_240
-    problem = kernel_module.Problem(RULE, n, d, dtype)
-    x, g, state = problem.views(problem.buffers)
-    matrix = topology.Mixing.from_matrix([[1.0]]) if n == 1 else getattr(topology, name)(n).mixing()
-    module.gossip_step(x, g, state, matrix, RULE, problem.hyper)
-    if len(runtime.launches) != 1 or runtime.launches[0].result is None:
-        raise RuntimeError(f"expected one launch, got {[launch.kernel for launch in runtime.launches]}")
-    launch = runtime.launches[0]
-    result = launch.result
-    elements = n * d
+
+
+def roofline(
+    module: kernel_module.MockModule,
+    gpu: Gpu,
+    code: sass.KernelCode,
+    problem: kernel_module.Problem,
+    *,
+    rows_per_thread: int,
+    ideal_bytes: float,
+) -> Prediction:
+    """Put the counts of the one launch that there was into the roofline."""
+    launches = module.runtime.launches
+    if len(launches) != 1 or launches[0].result is None:
+        raise RuntimeError(f"expected one launch, got {[launch.kernel for launch in launches]}")
+    (launch,), n, dtype = launches, problem.n, problem.buffers[0].dtype
+    result, elements = launch.result, problem.n * problem.d
 
     threads = math.prod(launch.block)
     warps_of_block = math.ceil(threads / 32)
     by_registers = gpu.registers // (math.ceil(code.registers * 32 / 256) * 256 * warps_of_block)
     by_shared = gpu.shared_bytes // (launch.shared_bytes + KIB)
     blocks = min(by_registers, by_shared, gpu.warps // warps_of_block, gpu.blocks)
-    rows_per_thread = 4
-    busy_rows = n / (launch.block[1] * rows_per_thread)  # slots without a worker load nothing
+    busy_rows = min(1.0, n / (launch.block[1] * rows_per_thread))  # slots without a worker load nothing
     in_flight = blocks * threads * code.load_bytes_in_flight() * busy_rows
 
-    own = [name for name in result.loaded_bytes if name in ("x", "g") or name.startswith("state")]
+    own = [name for name in result.loaded_bytes if name in ("x", "g", "messages") or name.startswith("state")]
     payload = sum(result.loaded_bytes[k] + result.stored_bytes.get(k, 0) for k in own)
     sectors = result.total("sectors", "global") / result.total("ideal_sectors", "global")
     wavefronts = result.total("wavefronts", "shared")
@@ -155,7 +191,7 @@ def predict(module: kernel_module.MockModule, gpu: Gpu, n: int, dtype: torch.dty
         warps=blocks * warps_of_block,
         in_flight=in_flight,
         bytes_element=payload / elements,
-        ideal_bytes=3 * dtype.itemsize + 2 * max(4, dtype.itemsize),
+        ideal_bytes=ideal_bytes,
         sector_ratio=sectors,
         conflicts=wavefronts / max(1, result.total("ideal_wavefronts", "shared")),
         share_of_copy=times["memory bandwidth"] / times[bottleneck],
@@ -166,25 +202,42 @@ def predict(module: kernel_module.MockModule, gpu: Gpu, n: int, dtype: torch.dty
 
 #: Storage types as they stand in a signature.
 STORAGE = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_CODE: dict[str, dict[str, sass.KernelCode]] = {}
+# Which source holds a kernel, and its signature up to the storage type and, for the relay, the width.
+KERNELS = {
+    "gossip": ("cuda_qg_dsgdm.cu", r"gossip_tile<.*QuasiGlobal<\w+, true>, (?:qgm::)?(\w+)>\("),
+    "relay": ("relay.cu", r"relay_tile<.*Momentum<\w+, true>, (?:qgm::)?(\w+), [24]>\("),
+}
 
 
-def tile_code(arch: str) -> dict[str, sass.KernelCode]:
-    """Machine code of the fused tile kernel of RULE, by storage type."""
-    if arch not in _CODE:
-        source = next(s for s in kernel_module.rule_sources() if s.stem == "cuda_qg_dsgdm")
-        found = {}
-        for code in sass.analyse(source, arch, include=[kernel_module.CSRC]).values():
-            match = re.search(r"gossip_tile<.*QuasiGlobal<\w+, true>, (?:qgm::)?(\w+)>\(", code.signature)
-            if match:
-                found[match[1]] = code
-        _CODE[arch] = found
-    return _CODE[arch]
+@functools.cache
+def machine_code(kernel: str, arch: str) -> dict[str, sass.KernelCode]:
+    """Machine code of one of KERNELS for the rule of the model, by storage type."""
+    file, signature = KERNELS[kernel]
+    sources = [*kernel_module.rule_sources(), kernel_module.CSRC / "cuda" / "relay.cu"]
+    source = next(path for path in sources if path.name == file)
+    codes = sass.analyse(source, arch, include=[kernel_module.CSRC]).values()
+    return {match[1]: code for code in codes if (match := re.search(signature, code.signature))}
+
+
+def row(p: Prediction, dtype: torch.dtype, n: int, name: str) -> str:
+    """A prediction as a line of the table."""
+    return (
+        f"| {p.gpu.name} | {str(dtype)[6:]} | {n} | {name} | {p.lanes * 16} B | {p.registers} | "
+        f"{p.blocks} x {p.warps // p.blocks} | {p.in_flight / KIB:.0f} / "
+        f"{p.gpu.bytes_needed_in_flight / KIB:.1f} KiB | {p.bytes_element:.2f} ({p.ideal_bytes:g}) | "
+        f"{p.sector_ratio:.3f} | {'none' if p.conflicts <= 1.0 else f'{p.conflicts:.2f}x'} | "
+        f"{p.share_of_copy:.0%} | {p.bottleneck} |"
+    )
 
 
 def report() -> str:
     """The whole report in Markdown."""
     module = kernel_module.MockModule(statistics=True, races=False, only="qg_dsgdm")
+    header = [
+        "| GPU | dtype | n | topology | tile row | registers | blocks x warps | in flight / need | B/element (ideal) | "
+        "sectors / ideal | bank conflicts | share | bottleneck |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     lines = [
         "# Roofline model of the CUDA backend: predicted, not measured",
         "",
@@ -192,9 +245,7 @@ def report() -> str:
         "device-to-device copy; 'in flight' the load bytes a multiprocessor can have under way, against the need by "
         "Little's law.",
         "",
-        "| GPU | dtype | n | topology | tile row | registers | blocks x warps | in flight / need | B/element (ideal) | "
-        "sectors / ideal | bank conflicts | share | bottleneck |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *header,
     ]
     cases = [(1, "ring"), (2, "ring"), (4, "ring"), (8, "ring"), (16, "ring"), (16, "complete"), (32, "star")]
     cases += [(64, "torus"), (64, "exponential"), (64, "complete")]
@@ -205,13 +256,14 @@ def report() -> str:
                 p = predict(module, gpu, n, dtype, name)
                 if (n, name) == (16, "ring"):
                     chosen[gpu.name, dtype] = p
-                lines.append(
-                    f"| {gpu.name} | {str(dtype)[6:]} | {n} | {name} | {p.lanes * 16} B | {p.registers} | "
-                    f"{p.blocks} x {p.warps // p.blocks} | {p.in_flight / KIB:.0f} / "
-                    f"{gpu.bytes_needed_in_flight / KIB:.1f} KiB | {p.bytes_element:.2f} ({p.ideal_bytes}) | "
-                    f"{p.sector_ratio:.3f} | {'none' if p.conflicts <= 1.0 else f'{p.conflicts:.2f}x'} | "
-                    f"{p.share_of_copy:.0%} | {p.bottleneck} |"
-                )
+                lines.append(row(p, dtype, n, name))
+    relay = kernel_module.MockModule(statistics=True, races=False, only="relay.cu")
+    lines += ["", f"RelaySGD, rule `{RELAY_RULE}`; a message of each directed edge is read and written as well:", ""]
+    lines += header
+    for gpu in GPUS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for n, name in ((16, "chain"), (16, "double_binary_trees"), (16, "star"), (64, "chain")):
+                lines.append(row(predict_relay(relay, gpu, n, dtype, name), dtype, n, name))
     lines += ["", "Predicted time of one fused step of 16 workers on a ring, milliseconds (model, not measured):", ""]
     lines += ["| model | parameters | dtype | " + " | ".join(g.name for g in GPUS) + " |"]
     lines += ["|---|---|---|" + "---|" * len(GPUS)]

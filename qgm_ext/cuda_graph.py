@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -88,7 +89,9 @@ class CudaRuntime:
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads, such as a loader's that pins memory, may go on meanwhile.
+        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
             result = run()
         return graph.replay, result
 
@@ -136,6 +139,7 @@ class StepGraphs:
         models: the workers' modules. Their structure must stay.
         gradients: called as ``gradients(closure, batches, stacked)``: computes and clips the gradients of all workers.
         step: called as ``step(compute, lr)``: a whole step that is not replayed, with ``compute()`` for its gradients.
+        timed: a context that takes the time of a step that is replayed.
     """
 
     def __init__(
@@ -146,9 +150,10 @@ class StepGraphs:
         models: Sequence[nn.Module],
         gradients: Callable[[Closure, Sequence[Any], Any], Tensor],
         step: Callable[[Callable[[], Tensor], float | None], Tensor],
+        timed: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._runtime, self._opt, self._g = runtime, opt, g
-        self._gradients, self._step = gradients, step
+        self._gradients, self._step, self._timed = gradients, step, timed
         self._modules = [module for model in models for module in model.modules()]
         self._device = g.device
         self._programs: list[_Program] = []
@@ -212,8 +217,9 @@ class StepGraphs:
                 program.updates.popitem(last=False)
         program.updates.move_to_end(plan.key)
         recording = program.updates[plan.key]
-        plan.copy_numbers(recording.kept)
-        losses = _replay(recording)
+        with self._timed():
+            plan.copy_numbers(recording.kept)
+            losses = _replay(recording)
         self._opt.commit(plan)
         return losses
 

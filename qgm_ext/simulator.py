@@ -165,7 +165,13 @@ class Simulator:
         self._graphs: graphs.StepGraphs | None = None
         if runtime is not None:
             self._graphs = graphs.StepGraphs(
-                runtime, self.opt, self.g, self.models, self._clipped_gradients, self._run_step
+                runtime,
+                self.opt,
+                self.g,
+                self.models,
+                self._clipped_gradients,
+                self._run_step,
+                lambda: self._timer.phase("gradient"),
             )
 
     @property

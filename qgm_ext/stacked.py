@@ -59,7 +59,7 @@ class Plan:
         for part, place in zip(self.parts, prepared, strict=True):
             source, target = _numbers(part), _numbers(place)
             if source is not None and target is not None:
-                target.copy_(source, non_blocking=True)
+                target.copy_(source.to(target.dtype), non_blocking=True)
 
 
 class StackedOptimizer:
@@ -266,7 +266,7 @@ class StackedOptimizer:
         compute = ops.compute_dtype(self.x.dtype)
         state = [self._state[name] for name in part.state]
         if isinstance(part, RelayPass):
-            counts = part.counts.to(device=self.x.device, dtype=compute)
+            counts = part.counts.to(compute).to(self.x.device, non_blocking=True)
             tensors = part.trees.tensors(self.x.device)
             ops.relay_step_(self.x, g, state, self._state[part.messages], tensors, counts, part.rule, part.hyper)
             return

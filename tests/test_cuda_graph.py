@@ -169,6 +169,16 @@ def test_replayed_steps_have_the_bits_of_launched_ones(
     assert (runtime.on_side, runtime.records, runtime.replays) == (3, 1, 5)
 
 
+def test_a_replayed_step_counts_as_gradient_in_the_timings(runtime: StandIn) -> None:
+    sim = qgm.Simulator(mlp(), topology.ring(8), "qg_dsgdm_n", lr=0.1, cuda_graph=True)
+    seen = []
+    for t in range(6):
+        sim.step(F.cross_entropy, batch(t))
+        seen.append(sim.timings)
+    assert seen[3].optimizer == seen[5].optimizer == seen[2].optimizer > 0
+    assert seen[5].gradient > seen[4].gradient > seen[3].gradient > seen[2].gradient
+
+
 @pytest.mark.parametrize("engine", ["loop", "vmap"])
 def test_batch_statistics_move_once_in_every_replay(runtime: StandIn, engine: str) -> None:
     pair = Pair(normalised(), topology.ring(4), "dsgdm", engine=engine)

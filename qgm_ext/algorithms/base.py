@@ -106,7 +106,8 @@ class Step:
     def row_scalars(self, *columns: Tensor) -> Tensor:
         """Put numbers of each worker, [n] each, side by side as a rule takes them: [n, k] in the compute dtype."""
         dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-        return torch.stack(columns, dim=1).to(device=self.x.device, dtype=dtype)
+        # Pageable memory has been read when the call returns, so the host need not wait for the device.
+        return torch.stack(columns, dim=1).to(dtype).to(self.x.device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)

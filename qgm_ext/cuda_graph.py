@@ -19,6 +19,7 @@ A kernel's numbers are part of a recording. So a graph is used for exactly those
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qgm_ext.engines import Closure
+from qgm_ext.engines import Closure, forget_cast_parameters
 from qgm_ext.stacked import Plan, StackedOptimizer
 
 __all__ = ["CudaRuntime", "Recording", "Runtime", "StepGraphs", "runtime_of"]
@@ -155,6 +156,14 @@ class StepGraphs:
         self._runtime, self._opt, self._g = runtime, opt, g
         self._gradients, self._step, self._timed = gradients, step, timed
         self._modules = [module for model in models for module in model.modules()]
+        # What replays read besides trainable parameters, by the dictionary that holds it.
+        self._fixed = [
+            (owner, name)
+            for module in self._modules
+            for owner in (module._buffers, module._parameters)
+            for name, tensor in owner.items()
+            if tensor is not None and not tensor.requires_grad
+        ]
         self._device = g.device
         self._programs: list[_Program] = []
 
@@ -248,12 +257,7 @@ class StepGraphs:
                     f"got {type(leaf).__name__}"
                 )
         modes = bytes(module.training for module in self._modules)
-        fixed = [
-            tensor.data_ptr()
-            for module in self._modules
-            for tensor in (*module._buffers.values(), *module._parameters.values())
-            if tensor is not None and not tensor.requires_grad
-        ]
+        fixed = [None if (tensor := owner[name]) is None else tensor.data_ptr() for owner, name in self._fixed]
         autocast = (torch.is_autocast_enabled(self._device.type), torch.get_autocast_dtype(self._device.type))
         signature = (id(function), is_stacked, structure, inputs, modes, fixed, autocast, settings)
         for program in self._programs:
@@ -272,7 +276,13 @@ class StepGraphs:
                 given if is_stacked else None,
             )
             if len(self._programs) == MOST_PROGRAMS:
-                self._programs.pop(0)
+                dropped = self._programs.pop(0)
+                if dropped.gradients is None and not dropped.updates:
+                    warnings.warn(
+                        "cuda_graph=True gains nothing here: the loss function (another object?), the shapes of the "
+                        f"batches or modes have changed {MOST_PROGRAMS} times before a step could be replayed",
+                        stacklevel=5,
+                    )
         if program in self._programs:
             self._programs.remove(program)
         self._programs.append(program)
@@ -298,6 +308,8 @@ class StepGraphs:
                 "cuda_graph=True can't record this step; model and loss must not read values on the host (.item(), "
                 f"printing, copies to the CPU) nor make tensors from host data. CUDA says: {error}"
             ) from error
+        finally:
+            forget_cast_parameters()  # those of the recording hold nothing before it is replayed
         return Recording(replay, losses, kept)
 
 

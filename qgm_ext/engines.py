@@ -120,7 +120,7 @@ class LoopEngine(Engine):
     def gradients(
         self, closure: Closure, batches: Sequence[Any], stacked: Any = None, active: Sequence[int] | None = None
     ) -> Tensor:
-        _forget_cast_parameters()
+        forget_cast_parameters()
         with torch.enable_grad():
             losses = [self._one(worker, closure, batches[worker]) for worker in _all_or(active, batches)]
         return torch.stack(losses)
@@ -245,7 +245,7 @@ class VmapEngine(Engine):
             stacked = _stack(batches, "batch")
         own = {name: [model.get_buffer(name) for model in self.workers.models] for name in self._buffer_names}
         buffers = {f"model.{name}": _stack(per_worker, f"buffer {name}") for name, per_worker in own.items()}
-        _forget_cast_parameters()
+        forget_cast_parameters()
 
         def loss_of(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any) -> Tensor:
             loss: Tensor = functional_call(self._call, (parameters, buffers), (closure, batch))
@@ -382,7 +382,7 @@ def _check_loss(loss: Any) -> None:
         raise ValueError("the loss does not depend on the trainable parameters (was it computed under no_grad?)")
 
 
-def _forget_cast_parameters() -> None:
+def forget_cast_parameters() -> None:
     """Autocast keeps casts of parameters until its context ends; steps inside one context would see old values."""
     if torch.is_autocast_cache_enabled():
         torch.clear_autocast_cache()

@@ -7,7 +7,8 @@ host, nor host data a tensor, while recording. tests/test_gpu.py runs the same c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -302,6 +303,15 @@ def test_whatever_a_recording_depends_on_makes_another_program(runtime: StandIn)
     assert runtime.records == 6
 
 
+def test_a_loss_that_is_another_object_in_every_step_is_warned_of(runtime: StandIn) -> None:
+    sim = qgm.Simulator(mlp(), topology.ring(4), "dsgd", lr=0.1, cuda_graph=True)
+    for t in range(4):
+        sim.step(nn.CrossEntropyLoss(), batch(t, 4))
+    with pytest.warns(UserWarning, match="cuda_graph=True gains nothing here: the loss function"):
+        sim.step(nn.CrossEntropyLoss(), batch(4, 4))
+    assert runtime.records == 0
+
+
 def test_what_is_written_between_replays_is_where_the_next_one_starts(runtime: StandIn) -> None:
     pair = Pair(mlp(), topology.ring(8), "qg_dsgdm_n")
     for t in range(5):
@@ -390,3 +400,67 @@ def test_a_plan_changes_nothing_and_says_what_is_launched() -> None:
     assert checking.plan() is None
     compressing = qgm.StackedOptimizer(torch.zeros(4, 3), topology.ring(4), "choco_sgd", lr=0.5)
     assert compressing.plan() is None
+
+
+class Calls:
+    """torch.cuda as a list of what was called, with names for streams and graphs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.stream = "current"
+        for name in ("device", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *args, _name=name, **kwargs: self.context(_name, args, kwargs))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.make("side"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.make("current"))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self.make("graph"))
+
+    def make(self, name: str) -> Any:
+        calls = self
+
+        class Named:
+            def wait_stream(self, other: Any) -> None:
+                calls.log.append(f"{name} waits for {other}")
+
+            def replay(self) -> None:
+                calls.log.append("replay")
+
+            def __repr__(self) -> str:
+                return name
+
+        return Named()
+
+    @contextmanager
+    def context(self, name: str, args: Any, kwargs: Any) -> Iterator[None]:
+        self.log.append(f"{name} {' '.join(map(str, [*args, *kwargs.values()]))}")
+        try:
+            yield
+        finally:
+            self.log.append(f"end of {name}")
+
+
+def test_torch_cuda_is_used_as_its_documentation_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    runtime = cuda_graph.runtime_of(torch.device("cuda", 0))
+    calls.log.clear()
+
+    def run() -> Tensor:
+        calls.log.append("run")
+        return torch.ones(1)
+
+    def fail() -> Tensor:
+        raise ValueError("no step")
+
+    warm_up = ["side waits for current", "stream side", "run", "end of stream", "current waits for side"]
+    assert torch.equal(runtime.on_side_stream(run), torch.ones(1))
+    assert calls.log == warm_up
+    calls.log.clear()
+    with pytest.raises(ValueError, match="no step"):
+        runtime.on_side_stream(fail)
+    assert calls.log == [call for call in warm_up if call != "run"]
+    calls.log.clear()
+    replay, _ = runtime.record(run)
+    replay()
+    assert calls.log == [
+        "device cuda:0", "graph graph pool side thread_local", "run", "end of graph", "end of device", "replay",
+    ]  # fmt: skip

@@ -170,6 +170,13 @@ def test_replayed_steps_have_the_bits_of_launched_ones(
     assert (runtime.on_side, runtime.records, runtime.replays) == (3, 1, 5)
 
 
+def test_losses_belong_to_the_caller(runtime: StandIn) -> None:
+    sim = qgm.Simulator(mlp(), topology.ring(8), "qg_dsgdm_n", lr=0.1, cuda_graph=True)
+    losses = [sim.step(F.cross_entropy, batch(t)) for t in range(6)]
+    assert len({loss.data_ptr() for loss in losses}) == 6
+    assert not torch.equal(losses[4], losses[5])
+
+
 def test_a_replayed_step_counts_as_gradient_in_the_timings(runtime: StandIn) -> None:
     sim = qgm.Simulator(mlp(), topology.ring(8), "qg_dsgdm_n", lr=0.1, cuda_graph=True)
     seen = []

@@ -101,6 +101,9 @@ def train(
     data: Annotated[str | None, _option(_WHAT, f"{', '.join(data.names())}.", "digits")] = None,
     data_root: Annotated[str | None, _option(_WHAT, "Folder of the data set's files.", "the usual places")] = None,
     num_train: Annotated[int | None, _option(_WHAT, "Use so many training images.", "all")] = None,
+    validation: Annotated[
+        float | None, _option(_WHAT, "Share of the training set held out and evaluated as well.", "0")
+    ] = None,
     partition: Annotated[str | None, _option(_WHAT, f"{', '.join(configs.PARTITIONS)}.", "dirichlet")] = None,
     alpha: Annotated[
         float | None, _option(_WHAT, "Heterogeneity of the Dirichlet partition; small is heterogeneous.", "0.1")

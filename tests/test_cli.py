@@ -112,7 +112,7 @@ def test_train_takes_every_option(tmp_path):
         "--algorithm qg_dsgdm --topology chain --alpha 1 --data digits --model cnn --steps 6 --lr 0.05 "
         "--schedule cosine --warmup-epochs 0.5 --warmup-from 0.01 --momentum 0.8 --qg-momentum 0.7 "
         "--weight-decay 1e-4 --hyper local_step=2 --clip 1 --seed 3 --dtype float64 --device cpu --engine loop "
-        "--eval-every 1 --partition dirichlet --on-nonfinite skip --checkpoint-seconds 0"
+        "--eval-every 1 --partition dirichlet --on-nonfinite skip --checkpoint-seconds 0 --validation 0.1"
     )
     code, output = qgm("train", *SMALL, *words.split(), "--out", tmp_path, "--data-root", tmp_path)
     assert code == 0, output
@@ -125,6 +125,7 @@ def test_train_takes_every_option(tmp_path):
         "data": "digits",
         "data_root": str(tmp_path),
         "num_train": 200,
+        "validation": 0.1,
         "partition": "dirichlet",
         "alpha": 1.0,
         "model": "cnn",

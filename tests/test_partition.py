@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qgm_ext.data import Partition, dirichlet_partition, iid_partition, sorted_partition
+from qgm_ext.data import Partition, dirichlet_partition, hold_out, iid_partition, sorted_partition
 
 
 def slow_dirichlet(
@@ -350,3 +350,44 @@ def test_load_rejects_damaged_files(tmp_path: Path) -> None:
 def test_partition_checks_its_indices(indices: list[Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Partition(indices)
+
+
+def test_hold_out_draws_a_seeded_share_and_keeps_the_rest() -> None:
+    kept, held = hold_out(1000, 0.15, seed=3)
+    assert (len(kept), len(held)) == (850, 150)
+    assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(1000))
+    assert (np.diff(kept) > 0).all()
+    assert (np.diff(held) > 0).all()
+    again, other = hold_out(1000, 0.15, seed=3), hold_out(1000, 0.15, seed=4)
+    assert np.array_equal(again[1], held)
+    assert not np.array_equal(other[1], held)
+    assert 40 < (held < 500).sum() < 110  # from everywhere, not one end
+    everything, nothing = hold_out(7, 0, seed=0)
+    assert (everything.tolist(), nothing.tolist()) == (list(range(7)), [])
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "fraction", "message"),
+    [
+        (10, 1.0, r"fraction must be in \[0, 1\), got 1.0"),
+        (10, -0.5, r"fraction must be in \[0, 1\), got -0.5"),
+        (10, float("nan"), r"fraction must be in \[0, 1\), got nan"),
+        (10, "half", "fraction must be a number, got str"),
+        (10, 0.01, "fraction=0.01 of 10 samples are 0; both parts need at least one"),
+        (10, 0.99, "fraction=0.99 of 10 samples are 10; both parts need at least one"),
+        (0, 0.5, "num_samples must be >= 1, got 0"),
+    ],
+)
+def test_hold_out_names_what_is_wrong(num_samples: int, fraction: float, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        hold_out(num_samples, fraction, seed=0)
+
+
+def test_a_partition_within_a_larger_set() -> None:
+    split = iid_partition(np.zeros(6, dtype=int), 2, seed=1)
+    positions = np.array([10, 20, 30, 40, 50, 60])
+    larger = split.within(positions)
+    assert [part.tolist() for part in larger.indices] == [positions[part].tolist() for part in split.indices]
+    assert (larger.seed, larger.alpha, larger.method) == (split.seed, split.alpha, split.method)
+    with pytest.raises(ValueError, match="refers to sample 5, but there are only 5 samples"):
+        split.within(positions[:5])

@@ -107,6 +107,9 @@ def test_the_run_uses_the_schedule():
         ("batch", -1, "batch must be at least 1"),
         ("epochs", 0, "epochs must be at least 1"),
         ("num_train", 0, "num_train must be at least 1"),
+        ("validation", 1.0, r"validation must be in \[0, 1\), got 1"),
+        ("validation", -0.1, "validation must be a finite number of at least 0"),
+        ("validation", float("nan"), "validation must be a finite number"),
         ("threads", 0, "threads must be at least 1"),
         ("eval_every", 0, "eval_every must be at least 1"),
         ("seed", -1, "seed must be in"),
@@ -186,7 +189,7 @@ def test_config_survives_its_file(tmp_path):
         (lambda text: text[:-30], "damaged: not JSON"),
         (lambda text: "\x00" * 10, "damaged: not JSON"),
         (lambda text: "[]", "no 'format'"),
-        (lambda text: text.replace("qgm_ext.train/1", "qgm_ext.train/9"), "is of version 'qgm_ext.train/9'"),
+        (lambda text: text.replace(configs.CONFIG_FORMAT, "qgm_ext.train/9"), "is of version 'qgm_ext.train/9'"),
         (lambda text: text.replace('"seed": 0', '"sead": 0'), "missing or unknown fields sead, seed"),
         (lambda text: text.replace('"seed": 0', '"seed": -4'), "damaged: seed must be in"),
         (lambda text: text.replace('"hyper": {', '"hyper": 3, "x": {'), "damaged"),
@@ -262,6 +265,47 @@ def test_a_run_leaves_the_callers_random_numbers_and_threads_alone():
     run(small(threads=2 if before == 1 else 1))
     assert torch.get_num_threads() == before
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid", "sorted"])
+def test_validation_samples_go_to_no_worker(partition):
+    config = small(validation=0.25, seed=7, partition=partition)
+    with Training(config) as training:
+        held_out = set(training.validation_indices.tolist())
+        given = [set(part.tolist()) for part in training.partition.indices]
+        assert len(held_out) == 50
+        assert [len(part) for part in given] == [37] * 4  # of the 150 samples that are left
+        assert not held_out.intersection(*given)
+        assert set().union(*given) <= set(range(200)) - held_out
+        expected = {
+            "dirichlet": lambda labels: data.dirichlet_partition(labels, 4, 0.1, 7),
+            "iid": lambda labels: data.iid_partition(labels, 4, 7),
+            "sorted": lambda labels: data.sorted_partition(labels, 4),
+        }
+        kept = sorted(set(range(200)) - held_out)
+        labels = training.dataset.train_y[kept].numpy()
+        assert training.partition.digest() == expected[partition](labels).within(kept).digest()
+        result = training.run()
+        x, y = training.dataset.train_x[sorted(held_out)], training.dataset.train_y[sorted(held_out)]
+        found = result.simulator.evaluate(x, y)
+    last = result.metrics[-1]
+    assert last["validation_accuracy_local_mean"] == found.accuracy_local_mean
+    assert last["validation_accuracy_average"] == found.accuracy_average
+    assert last["validation_loss_local_mean"] == found.loss_local_mean
+    assert result.summary["validation_accuracy_local_mean"] == found.accuracy_local_mean
+    assert last["accuracy_local_mean"] != last["validation_accuracy_local_mean"]
+
+
+def test_a_run_with_validation_set_resumes_to_the_same_bits(tmp_path):
+    config = small(validation=0.2)
+    train_until(config, tmp_path / "run", 5)
+    assert_same_outcome(resume(tmp_path / "run"), run(config))
+    assert (tmp_path / "run" / "learning_curves.png").stat().st_size > 0
+
+
+def test_too_small_a_validation_set_is_named():
+    with pytest.raises(ValueError, match=r"fraction=0.001 of 200 samples are 0; both parts need at least one"):
+        Training(small(validation=0.001))
 
 
 @pytest.mark.parametrize("partition", ["iid", "sorted"])

@@ -7,13 +7,14 @@
 
 from .batches import WorkerBatches
 from .datasets import Dataset, load, names
-from .partition import Partition, dirichlet_partition, iid_partition, sorted_partition
+from .partition import Partition, dirichlet_partition, hold_out, iid_partition, sorted_partition
 
 __all__ = [
     "Dataset",
     "Partition",
     "WorkerBatches",
     "dirichlet_partition",
+    "hold_out",
     "iid_partition",
     "load",
     "names",

@@ -27,6 +27,7 @@ _BLOCK = 10
 # Tries drawn at once grow up to this many: large enough to hide Python's cost, small enough to stay in cache.
 _MAX_TRIES_AT_ONCE = 1024
 _FORMAT = "qgm_ext.partition/1"
+_HOLD_OUT_STREAM = 1  # set beside the seed, so that what is held out is drawn from a stream of its own
 # What numpy, zipfile and json raise on a file that is damaged or something else (RuntimeError: an "encrypted" archive).
 _DAMAGE = (ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile)
 
@@ -74,6 +75,20 @@ class Partition:
     def sizes(self) -> list[int]:
         """Number of samples of each worker."""
         return [len(part) for part in self.indices]
+
+    def within(self, positions: Any) -> Partition:
+        """Return the same split of a part of a larger training set, in positions of the larger one.
+
+        Args:
+            positions: where each sample that this partition refers to stands in the larger set, [N] integers.
+
+        Example:
+            >>> sorted_partition([1, 0], num_workers=2).within([5, 8]).indices
+            (array([8]), array([5]))
+        """
+        where = _labels(positions)
+        self.check_covers(len(where))
+        return Partition([where[part] for part in self.indices], self.seed, self.alpha, self.method)
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of sizes and indices: with equal digests every worker holds the same samples."""
@@ -246,6 +261,36 @@ def dirichlet_partition(
         pieces += [part[worker] for worker in range(workers) for part in split]
     row = np.concatenate(pieces)
     return Partition(_equal_cut(row, num_workers), seed=seed, alpha=alpha, method="dirichlet")
+
+
+def hold_out(num_samples: int, fraction: float, seed: int) -> tuple[IntArray, IntArray]:
+    """Choose samples for validation, before the rest is split over workers.
+
+    Its random stream is not that of the partitions, so that the two draws with one seed are independent.
+
+    Args:
+        num_samples: size N of the training set.
+        fraction: share of it to hold out, in [0, 1); round(fraction * N) samples are.
+        seed: integer in [0, 2**32).
+    Returns: (kept, held out): ascending positions in the training set, int64; disjoint, together all of them.
+    Raises: TypeError or ValueError for arguments out of range, or where nothing would be kept or, with a fraction > 0,
+        held out.
+    Example:
+        >>> kept, held = hold_out(10, 0.2, seed=0)
+        >>> len(kept), len(held)
+        (8, 2)
+    """
+    num_samples = _integer("num_samples", num_samples, 1)
+    seed = _integer("seed", seed, 0, 2**32)
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+        raise TypeError(f"fraction must be a number, got {type(fraction).__name__}")
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
+    held = round(fraction * num_samples)
+    if held == num_samples or (fraction > 0 and held == 0):
+        raise ValueError(f"fraction={fraction:g} of {num_samples} samples are {held}; both parts need at least one")
+    order = np.random.RandomState([seed, _HOLD_OUT_STREAM]).permutation(num_samples)
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def iid_partition(labels: Any, num_workers: int, seed: int) -> Partition:

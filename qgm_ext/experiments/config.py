@@ -27,7 +27,7 @@ from qgm_ext.stacked import OnNonfinite
 
 __all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse_hyper"]
 
-CONFIG_FORMAT = "qgm_ext.train/1"
+CONFIG_FORMAT = "qgm_ext.train/2"
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENGINES: tuple[str, ...] = typing.get_args(EngineChoice)
@@ -54,6 +54,8 @@ class TrainConfig:
         data: a name from :func:`qgm_ext.data.names`.
         data_root: folder of the data set's files; None: the usual places.
         num_train: use so many training images; None: all.
+        validation: share of the training set, in [0, 1), that no worker gets and that is evaluated beside the test
+            set, for choosing hyper-parameters; drawn with ``seed`` before the partition.
         partition: how the training set is split: "dirichlet", "iid" or "sorted".
         alpha: heterogeneity of the Dirichlet partition, > 0; small is heterogeneous.
         model: a name from :func:`qgm_ext.models.names`.
@@ -65,7 +67,7 @@ class TrainConfig:
         warmup_epochs: length of the warm-up, >= 0.
         warmup_from: step size at its start, in [0, lr]. (Default: lr / 10.)
         clip: largest gradient norm of a worker, > 0; None: no clipping.
-        seed: of the initial model, the partition, the batches and ``num_train``; in [0, 2**32).
+        seed: of the initial model, the partition, the batches, ``validation`` and ``num_train``; in [0, 2**32).
         dtype: of parameters and gradients: "float32", "float64", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:i".
         engine: how gradients are computed, see :mod:`qgm_ext.engines`: "loop", "threads", "vmap", or "auto", which is
@@ -91,6 +93,7 @@ class TrainConfig:
     data: str = "digits"
     data_root: str | None = None
     num_train: int | None = None
+    validation: float = 0.0
     partition: str = "dirichlet"
     alpha: float = 0.1
     model: str = "mlp"
@@ -129,6 +132,9 @@ class TrainConfig:
             self._fill("epochs", _DEFAULT_EPOCHS)
         self._fill("eval_every", max(1, -(-(self.epochs or 1) // _DEFAULT_EVALUATIONS)))
         _check_integer("eval_every", self.eval_every, 1)
+        check_number("validation", self.validation, low=0.0)
+        if self.validation >= 1:
+            raise ValueError(f"validation must be in [0, 1), got {self.validation:g}")
         check_number("alpha", self.alpha, low=0.0)
         if self.alpha == 0:
             raise ValueError("alpha must be a finite number > 0, got 0")

@@ -49,6 +49,8 @@ def save_learning_curves(file: IO[bytes], metrics: Sequence[Mapping[str, Any]], 
     )
     upper.plot(epochs, column["accuracy_local_mean"], color=_BLUE, marker=marker, ms=3, label="local models: mean")
     upper.plot(epochs, column["accuracy_average"], color=_ORANGE, marker=marker, ms=3, label="averaged model")
+    if "validation_accuracy_local_mean" in column:
+        upper.plot(epochs, column["validation_accuracy_local_mean"], "--", color=_BLUE, label="mean on validation set")
     upper.axhline(chance, color=_GREY, linestyle=":", linewidth=1, label="guessing")
     upper.set_ylabel("test accuracy")
     upper.set_ylim(0, 1)

@@ -17,6 +17,9 @@ _PLACES = {
     "accuracy_local_min": "accuracy/local_min",
     "accuracy_local_max": "accuracy/local_max",
     "accuracy_average": "accuracy/average",
+    "validation_accuracy_local_mean": "accuracy/validation_local_mean",
+    "validation_accuracy_average": "accuracy/validation_average",
+    "validation_loss_local_mean": "loss/validation",
     "consensus_distance": "consensus_distance",
     "lr": "lr",
 }
@@ -52,7 +55,7 @@ class EventWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record, visible to TensorBoard at once."""
         for key, place in _PLACES.items():
-            if record[key] is not None:
+            if record.get(key) is not None:
                 self._writer.add_scalar(place, record[key], record["step"])
         self._writer.flush()
 

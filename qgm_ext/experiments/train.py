@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -47,8 +48,9 @@ class Result:
     Args:
         config: complete, with every default filled in.
         metrics: one record for each evaluation: step, epoch, loss (mean over workers and steps since the last one),
-            accuracy_local_mean, accuracy_local_min, accuracy_local_max, accuracy_average, consensus_distance, lr,
-            seconds.
+            accuracy_local_mean, accuracy_local_min, accuracy_local_max, accuracy_average (on the test set),
+            consensus_distance, lr, seconds; with a validation set also validation_accuracy_local_mean,
+            validation_accuracy_average and validation_loss_local_mean.
         summary: the last of them, and speed and shares of time.
         simulator: the trained workers; ``simulator.average_model()`` is the model to use.
         finished: False if it was stopped before its last step.
@@ -115,6 +117,7 @@ class Training:
     Attributes:
         config: complete, with every default filled in.
         dataset, partition: the data and their split.
+        validation_indices: positions in the training set of the samples held out for validation, ascending.
         num_steps: length of the run.
         step: steps done so far.
         notes: what a user should know of a resumed run.
@@ -200,10 +203,13 @@ class Training:
             events.require_tensorboard()
         self._device = _device(config.device)
         self.dataset = data.load(config.data, config.data_root, num_train=config.num_train, seed=config.seed)
-        self.partition = _partition(config, self.dataset) if partition is None else partition
+        kept, self.validation_indices = data.hold_out(len(self.dataset.train_y), config.validation, config.seed)
+        self.partition = _partition(config, self.dataset, kept) if partition is None else partition
         dtype = config.torch_dtype()
         train_x, train_y = self.dataset.train_x.to(self._device, dtype), self.dataset.train_y.to(self._device)
         self._test = self.dataset.test_x.to(self._device, dtype), self.dataset.test_y.to(self._device)
+        held_out = torch.from_numpy(self.validation_indices).to(self._device)
+        self._validation = train_x[held_out], train_y[held_out]
         self._batches = data.WorkerBatches(train_x, train_y, self.partition, config.batch, config.seed)
         per_epoch = self._batches.steps_per_epoch
         self.num_steps = config.num_steps(per_epoch)
@@ -324,8 +330,16 @@ class Training:
     def _evaluate(self, seconds: float) -> Record:
         # A small model is faster on one thread, and on a busy machine very much so: a second one is waited for.
         work = self._sim.num_parameters * len(self._test[1])
+        extra: Record = {}
         with _threads(self.config.threads if work >= _LARGE_EVALUATION else 1):
             found = self._sim.evaluate(*self._test)
+            if self.config.validation:
+                held_out = self._sim.evaluate(*self._validation)
+                extra = {
+                    "validation_accuracy_local_mean": held_out.accuracy_local_mean,
+                    "validation_accuracy_average": held_out.accuracy_average,
+                    "validation_loss_local_mean": held_out.loss_local_mean,
+                }
         record = {
             "step": self.step,
             "epoch": self.step / self._batches.steps_per_epoch,
@@ -334,6 +348,7 @@ class Training:
             "accuracy_local_min": found.accuracy_local_min,
             "accuracy_local_max": found.accuracy_local_max,
             "accuracy_average": found.accuracy_average,
+            **extra,
             "consensus_distance": found.consensus_distance,
             "lr": self._schedule.at(max(self.step - 1, 0)),
             "seconds": round(seconds, 3),
@@ -458,13 +473,16 @@ class Training:
         ]
 
 
-def _partition(config: TrainConfig, dataset: data.Dataset) -> data.Partition:
-    labels = dataset.train_y.numpy()
+def _partition(config: TrainConfig, dataset: data.Dataset, kept: npt.NDArray[np.int64]) -> data.Partition:
+    """The split of the samples ``kept``, in positions of the whole training set."""
+    labels = dataset.train_y.numpy()[kept]
     if config.partition == "dirichlet":
-        return data.dirichlet_partition(labels, config.workers, config.alpha, config.seed)
-    if config.partition == "iid":
-        return data.iid_partition(labels, config.workers, config.seed)
-    return data.sorted_partition(labels, config.workers)
+        split = data.dirichlet_partition(labels, config.workers, config.alpha, config.seed)
+    elif config.partition == "iid":
+        split = data.iid_partition(labels, config.workers, config.seed)
+    else:
+        split = data.sorted_partition(labels, config.workers)
+    return split.within(kept)
 
 
 def _describe_partition(config: TrainConfig) -> str:

@@ -208,23 +208,23 @@ def decentlam(a: Any, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, 
 
 
 def gut(a: Any, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> tuple[Tensor, State]:
-    """GUT and QG-GUTm; x is the mixed point, x - r a worker's own model; the state's correction is y - g."""
+    """GUT and QG-GUTm; x = p + gamma r with a worker's own model p; the state's correction is y - g."""
     beta, nesterov = getattr(a, "momentum", 0.0), getattr(a, "nesterov", False)
     b = 1 + beta + (beta * beta if nesterov else 0)
     lr_before = float(state["previous_lr"]) if step else lr
     g, r = g + a.weight_decay * x, state["mixing_displacement"]
     delta = g - r / lr_before
     y = g + state["correction"]
-    own, m = x - r, None
+    own, m = x - a.gamma * r, None
     if "momentum_buffer" in state:
         m = beta * state["momentum_buffer"] + y
         y = y + beta * m if nesterov else m
-    own_new = own - lr * y
-    x_new = gossip(w, own_new)
-    r_new = x_new - own_new
+    own_new = own - lr * y + (a.gamma - a.gamma**2) * r
+    r_new = gossip(w, own_new) - own_new
     # The next y is g - r_new / lr - (mu / lr) [W (own_new - own) + B (W - I) own] - mu delta.
-    correction = -r_new / lr - a.scaling / lr * (gossip(w, own_new) - x + b * r) - a.scaling * delta
+    correction = -r_new / lr - a.scaling / lr * (gossip(w, own_new) - (own + r) + b * r) - a.scaling * delta
     out = {"mixing_displacement": r_new, "correction": correction, "previous_lr": torch.tensor(lr, dtype=x.dtype)}
+    x_new = own_new + a.gamma * r_new
     return x_new, out if m is None else {**out, "momentum_buffer": m}
 
 

@@ -300,8 +300,9 @@ class Gut(Dsgd):
     form = "plain"
 
     def __init__(self, dtype: Any, hyper: list[float]) -> None:
-        eta, before, beta, mu, wd = hyper
+        eta, before, beta, mu, wd, gamma = hyper
         self.moves = eta != 0
+        self.gamma, self.one_gamma, self.back = scalars(dtype, gamma, 1.0 - gamma, gamma - gamma * gamma)
         b = 1.0 + beta + beta * beta if self.form == "nesterov" else 1.0 + beta
         self.eta, self.beta, self.mu, self.wd, self.b = scalars(dtype, eta, beta, mu, wd, b)
         self.per_eta, self.mu_per_eta = scalars(dtype, *((1.0 / eta, mu / eta) if self.moves else (0.0, 0.0)))
@@ -311,7 +312,7 @@ class Gut(Dsgd):
         y = g + self.wd * x + state[1]
         m = None if self.form == "plain" else self.beta * state[2] + y
         d = y if m is None else (m if self.form == "heavy ball" else y + self.beta * m)
-        return x - state[0] - self.eta * d, m
+        return x - self.gamma * state[0] - self.eta * d + self.back * state[0], m
 
     def local(self, x: Array, g: Array, state: list[Array]) -> list[Array]:
         return [self.descend(x, g, state)[0]]
@@ -320,14 +321,15 @@ class Gut(Dsgd):
         own, m = self.descend(x, g, state)
         delta = g + self.wd * x - self.per_before * state[0]
         r = mixed[0] - own
-        carried = self.mu_per_eta * (mixed[0] - x + self.b * state[0])
+        moved = mixed[0] - (x + self.one_gamma * state[0])
+        carried = self.mu_per_eta * (moved + self.b * state[0])
         s = x.dtype.type(0) - self.per_eta * r - carried - self.mu * delta
         if not self.moves:
             return x
         state[0][:], state[1][:] = r, s
         if m is not None:
             state[2][:] = m
-        return mixed[0]
+        return self.gamma * mixed[0] + self.one_gamma * own
 
 
 class QgGutm(Gut):

@@ -37,9 +37,9 @@ HYPER = {
     "damsgrad": [0.9, 0.99, 1e-3, 1e-2],
     "slowmo_outer": [0.6, 0.9],
     "choco_send": [0.9, 1e-2, 0.7, 1.0],
-    "gut": [0.2, 0.9, 0.5, 1e-2],
-    "qg_gutm": [0.2, 0.9, 0.5, 1e-2],
-    "qg_gutm_n": [0.2, 0.9, 0.5, 1e-2],
+    "gut": [0.2, 0.9, 0.5, 1e-2, 0.8],
+    "qg_gutm": [0.2, 0.9, 0.5, 1e-2, 0.8],
+    "qg_gutm_n": [0.2, 0.9, 0.5, 1e-2, 0.8],
 }
 # States under a square root.
 NOT_NEGATIVE = {"d_adam": [1], "cadam": [1], "damsgrad": [1, 2, 3], "qg_dadam": [1], "qg_dadam_v2": [1]}

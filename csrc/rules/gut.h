@@ -1,10 +1,10 @@
-// Global update tracking: GUT and QG-GUTm (gamma = 1), descend, then mix.
+// Global update tracking: GUT and QG-GUTm, descend, then mix.
 //
-// p is a worker's own model and x = sum_j w_ij p_j the point at which the gradient is taken; the message
-// is p. g' = g + wd x, r = x - p, eta' the step size of the step before, B = 1 + beta (+ beta^2 with -N).
+// p is a worker's own model, r = sum_j w_ij (p_j - p_i), and x = p + gamma r the point at which the gradient is
+// taken; the message is p. g' = g + wd x, eta' the step size of the step before, B = 1 + beta (+ beta^2 with -N).
 //   delta = g' - r / eta'
-//   y = delta - (mu / eta') ((x - x_prev) + B r_prev) - mu delta_prev
-//   D = y | M | y + beta M,  M <- beta M + y;   p <- p - eta D
+//   y = delta - (mu / eta') (sum_j w_ij (p_j - p_j_prev) + B r_prev) - mu delta_prev
+//   D = y | M | y + beta M,  M <- beta M + y;   p <- p - eta D + (gamma - gamma^2) r
 // State: r, then s, all of y that the step before decides (y = g' + s), then M.
 // With eta = 0 nothing moves, and r and s stay; the caller's eta' is the last one that was not 0.
 //
@@ -21,14 +21,14 @@ template <class T, Form kForm>
 struct Tracking {
   static constexpr const char* kName =
       kForm == Form::kPlain ? "gut" : (kForm == Form::kHeavyBall ? "qg_gutm" : "qg_gutm_n");
-  static constexpr int kHyper = 5;                               // eta, eta', beta, mu, wd
+  static constexpr int kHyper = 6;                               // eta, eta', beta, mu, wd, gamma
   static constexpr int kStates = kForm == Form::kPlain ? 2 : 3;  // r, s, M
   static constexpr int kMessages = 1;
   static constexpr unsigned kAll = kForm == Form::kPlain ? 3 : 7;
   static constexpr unsigned kLocalReads = kAll, kLocalWrites = 0, kMergeReads = kAll, kMergeWrites = kAll;
   static constexpr bool kMergeReadsX = true, kMergeReadsGrad = true;
 
-  T eta, per_eta, per_eta_before, beta, mu, wd, mu_per_eta, b;
+  T eta, per_eta, per_eta_before, beta, mu, wd, mu_per_eta, b, gamma, one_gamma, back;
   bool moves;
 
   explicit Tracking(const double* hyper)
@@ -40,6 +40,9 @@ struct Tracking {
         wd(T(hyper[4])),
         mu_per_eta(T(hyper[0] == 0.0 ? 0.0 : hyper[3] / hyper[0])),
         b(T(kForm == Form::kNesterov ? 1.0 + hyper[2] + hyper[2] * hyper[2] : 1.0 + hyper[2])),
+        gamma(T(hyper[5])),
+        one_gamma(T(1.0 - hyper[5])),
+        back(T(hyper[5] - hyper[5] * hyper[5])),
         moves(hyper[0] != 0.0) {}
 
   // The own model after the step; M becomes the new one.
@@ -47,7 +50,7 @@ struct Tracking {
     const T y = g + wd * x + s;
     m = beta * m + y;
     const T d = kForm == Form::kPlain ? y : (kForm == Form::kHeavyBall ? m : y + beta * m);
-    return x - r - eta * d;
+    return x - gamma * r - eta * d + back * r;
   }
 
   QGM_HD void local(T x, T g, Values<T, kStates>& state, Values<T, 1>& p_new) const {
@@ -61,11 +64,12 @@ struct Tracking {
     const T p_new = descend(x, g, r, s, m);
     const T delta = g + wd * x - per_eta_before * r;
     const T r_new = mixed[0] - p_new;
-    const T s_new = T(0) - per_eta * r_new - mu_per_eta * (mixed[0] - x + b * r) - mu * delta;
+    const T moved = mixed[0] - (x + one_gamma * r);  // x + (1 - gamma) r is the mean of the models of before
+    const T s_new = T(0) - per_eta * r_new - mu_per_eta * (moved + b * r) - mu * delta;
     state[0] = moves ? r_new : r;
     state[1] = moves ? s_new : s;
     if (kForm != Form::kPlain) state[kStates - 1] = moves ? m : state[kStates - 1];
-    x = moves ? mixed[0] : x;
+    x = moves ? gamma * mixed[0] + one_gamma * p_new : x;
   }
 };
 

@@ -53,7 +53,7 @@ class FlatLayout:
             raise ValueError(f"buffer must have {self.size} elements in its last dimension, got {list(buffer.shape)}")
         lead = buffer.shape[:-1]
         return [
-            buffer.narrow(-1, offset, shape.numel()).view(*lead, *shape)
+            buffer.narrow(-1, offset, shape.numel()).view((*lead, *shape))
             for offset, shape in zip(self.offsets, self.shapes, strict=True)
         ]
 

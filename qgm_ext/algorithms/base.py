@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qgm_ext.mixing import Mixing
-from qgm_ext.trees import Trees
+from qgm_ext.trees import Tree, Trees
 
 if TYPE_CHECKING:
     from qgm_ext.topology import Topology
@@ -36,7 +36,7 @@ class Pass:
         hyper: its hyper-parameters, in the order of its header.
         state: the names of its state vectors, in the order of its header.
         mixing: how its messages are averaged.
-        row_scalars: its numbers for each worker, [n, k], if it has any.
+        row_scalars: its numbers for each row of x, [rows, k], if it has any.
         exact_mean: the messages are averaged over all workers by an all-reduce, whatever the topology; only the
             counting of bytes asks for it.
         message_bytes: bytes of all messages that a worker sends to one neighbour, if they are compressed.
@@ -76,16 +76,20 @@ class RelayPass:
 class Step:
     """What an algorithm knows when it says which passes a step is made of.
 
+    The rows are those of all n workers, or, in a process that is one of them (:mod:`qgm_ext.distributed`), its own alone.
+
     Attributes:
         number: of the step, from 0.
         lr: its step size eta.
         previous_lr: the last step size before it that was not 0; ``lr`` itself if there was none.
         topology: who averages with whom.
-        x: parameters, [n, D]: those of this moment, so after a pass the new ones.
-        g: gradients, [n, D].
-        state: the state vectors by name, [n, D].
+        x: parameters, [n, D] or [1, D]: those of this moment, so after a pass the new ones.
+        g: gradients, like x.
+        state: the state vectors by name, like x.
         scalars: numbers that the algorithm keeps for each worker, [n] float64 by name; values may be replaced.
         segments: (first, length) of each parameter in a row.
+        worker: whose row it is, in a process of its own; None if the rows are those of all workers.
+        round: how often the workers have averaged before, if that is not in every step; the time of the topology.
     """
 
     number: int
@@ -97,14 +101,36 @@ class Step:
     state: Mapping[str, Tensor]
     scalars: dict[str, Tensor]
     segments: tuple[tuple[int, int], ...]
+    worker: int | None = None
+    round: int | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """n, whatever x has of them."""
+        return self.topology.num_workers
+
+    @property
+    def workers(self) -> range:
+        """The workers whose rows x holds."""
+        return range(self.num_workers) if self.worker is None else range(self.worker, self.worker + 1)
 
     @property
     def mixing(self) -> Mixing:
         """The topology's mixing matrix in this step."""
-        return self.topology.mixing(self.number)
+        return self.topology.mixing(self.number if self.round is None else self.round)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of numbers of all workers, [n], those of the rows of x."""
+        return values[self.workers.start : self.workers.stop]
+
+    def with_own(self, values: Tensor, own: Tensor) -> Tensor:
+        """Numbers of all workers, [n], with new ones for the rows of x; new memory."""
+        found = values.clone()
+        found[self.workers.start : self.workers.stop] = own.to(found)
+        return found
 
     def row_scalars(self, *columns: Tensor) -> Tensor:
-        """Put numbers of each worker, [n] each, side by side as a rule takes them: [n, k] in the compute dtype."""
+        """Put numbers of each row of x side by side as a rule takes them: [rows, k] in the compute dtype."""
         dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
         # Pageable memory has been read when the call returns, so the host need not wait for the device.
         return torch.stack(columns, dim=1).to(dtype).to(self.x.device, non_blocking=True)
@@ -172,6 +198,10 @@ class Algorithm:
     def initial_value(self, name: str) -> float | Literal["params"]:
         """What a state vector starts from: a number, or the parameters."""
         return 0.0
+
+    def initial_relay(self, tree: Tree, edge: int, x: Tensor) -> Tensor:
+        """What the message of one edge of a tree starts from, for the coordinates ``x`` of the parameters."""
+        return torch.zeros_like(x)
 
     def initial_scalars(self, n: int) -> dict[str, Tensor]:
         """The numbers that the algorithm keeps for each worker, before the first step: [n] float64 by name."""

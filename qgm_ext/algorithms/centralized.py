@@ -12,7 +12,7 @@ from qgm_ext.algorithms.base import AdamAlgorithm, Algorithm, MomentumAlgorithm,
 def mean_pass(algorithm: Algorithm, step: Step) -> Iterator[Pass]:
     """One pass whose messages are averaged exactly, whatever the topology."""
     hyper = algorithm.hyper(step.number, step.lr)
-    yield Pass(algorithm.rule, hyper, algorithm.state_names, mean_mixing(len(step.x)), exact_mean=True)
+    yield Pass(algorithm.rule, hyper, algorithm.state_names, mean_mixing(step.num_workers), exact_mean=True)
 
 
 @register

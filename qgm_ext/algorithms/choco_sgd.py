@@ -88,10 +88,10 @@ class ChocoSgd(MomentumAlgorithm):
         m, known, mixed, message = self.state_names
         before, after = (0.0, self.gamma) if self.order == "atc" else (self.gamma, 0.0)
         hyper = [step.lr, self.momentum, self.weight_decay, before, float(self.nesterov)]
-        yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(len(step.x)))
+        yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(step.num_workers))
         vector = step.state[message]
         compressor = self.make_compressor()
-        vector.copy_(self.compress(vector, step.number, step.segments))
+        vector.copy_(self.compress(vector, step.number, step.segments, step.workers))
         size = sum(compressor.message_bytes(length, vector.element_size()) for _, length in step.segments)
         yield Pass("choco_receive", [after], (known, mixed, message), step.mixing, message_bytes=size)
 
@@ -105,15 +105,21 @@ class ChocoSgd(MomentumAlgorithm):
             return compressors.RandomK(self.ratio, self.unbiased)
         return compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
 
-    def compress(self, vectors: Tensor, step: int, segments: Sequence[tuple[int, int]] | None = None) -> Tensor:
-        """Compress what each worker sends in a step, [n, D], each segment for itself.
+    def compress(
+        self,
+        vectors: Tensor,
+        step: int,
+        segments: Sequence[tuple[int, int]] | None = None,
+        workers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Compress what each worker sends in a step, [rows, D], each segment for itself.
 
-        Draws depend on seed, step and worker. Between segments the result is zero.
+        Draws depend on seed, step and worker, which is the number of the row if ``workers`` does not say so. Between
+        segments the result is zero.
         """
         compressor, out = self.make_compressor(), torch.zeros_like(vectors)
-        sources = [
-            compressors.generator(self.seed, step, i) for i in range(len(vectors) if compressor.is_random else 0)
-        ]
+        rows = range(len(vectors)) if workers is None else workers
+        sources = [compressors.generator(self.seed, step, i) for i in (rows if compressor.is_random else ())]
         for first, length in segments or [(0, vectors.shape[1])]:
             out[:, first : first + length] = compressor(vectors[:, first : first + length], sources)
         return out

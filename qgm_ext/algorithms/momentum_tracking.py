@@ -57,7 +57,7 @@ class MomentumTracking(MomentumAlgorithm):
 
     def passes(self, step: Step) -> Iterator[Pass | RelayPass]:
         if step.number == 0 and self.init == "allreduce":
-            mean = mean_mixing(len(step.x))
+            mean = mean_mixing(step.num_workers)
             yield Pass("momentum_tracking_start", [self.momentum], self.state_names, mean, exact_mean=True)
         yield from super().passes(step)
 

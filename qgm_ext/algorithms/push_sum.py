@@ -67,7 +67,7 @@ class Sgp(MomentumAlgorithm):
         old = step.scalars["push_sum_weight"]
         new = torch.from_numpy(mixing.apply(old.numpy()))
         hyper = self.hyper(step.number, step.lr)
-        yield Pass(self.rule, hyper, self.state_names, mixing, step.row_scalars(old, new))
+        yield Pass(self.rule, hyper, self.state_names, mixing, step.row_scalars(step.own(old), step.own(new)))
         step.scalars["push_sum_weight"] = new
 
 

@@ -76,11 +76,12 @@ class QgDadam(AdamAlgorithm):
         return [*self.adam_hyper(step, lr), 1.0 if self.variant == "v0" else 1.0 - self.betas[0]]
 
     def passes(self, step: Step) -> Iterator[Pass]:
-        norm = step.scalars["difference_norm"]
+        norms = step.scalars["difference_norm"]
+        norm = step.own(norms)
         per_norm = 1.0 / (norm + self.normalization_eps)
         scale = torch.ones_like(per_norm)
         if self.variant == "v1":
             scale = 1.0 / (ops.squared_norms(step.g).sqrt() + self.normalization_eps)
         scalars = step.row_scalars(per_norm.to(step.x.device), scale.to(step.x.device))
         yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing, scalars)
-        step.scalars["difference_norm"] = ops.squared_norms(step.state["difference"]).sqrt()
+        step.scalars["difference_norm"] = step.with_own(norms, ops.squared_norms(step.state["difference"]).sqrt())

@@ -14,7 +14,7 @@ from torch import Tensor
 from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, Step, register
 from qgm_ext.algorithms.gut import check_equal_start
 from qgm_ext.topology import Topology
-from qgm_ext.trees import Trees
+from qgm_ext.trees import Tree, Trees
 
 Fill = Literal["initial", "current"]
 
@@ -96,12 +96,15 @@ class RelaySgd(MomentumAlgorithm):
             sizes = torch.from_numpy(tree.subtree_sizes()).to(messages)
             messages[:, k :: len(trees)] = sizes[:, None] * x[0, k :: len(trees)].to(messages.dtype)
 
+    def initial_relay(self, tree: Tree, edge: int, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.fill == "current" else x * float(tree.subtree_sizes()[edge])
+
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, self.weight_decay] if self.momentum == 0.0 else [lr, self.momentum, self.weight_decay]
 
     def passes(self, step: Step) -> Iterator[Pass | RelayPass]:
         trees = step.topology.trees()
-        n = len(step.x)
+        n = step.num_workers
         counts = torch.ones(len(trees.trees), n, dtype=torch.float64)
         if self.fill == "current":
             counts = _own_counts(trees, min(step.number, n))
@@ -160,6 +163,6 @@ class RelaySgdGrad(MomentumAlgorithm):
 
     def passes(self, step: Step) -> Iterator[Pass | RelayPass]:
         trees = step.topology.trees()
-        counts = torch.ones(len(trees.trees), len(step.x), dtype=torch.float64)
+        counts = torch.ones(len(trees.trees), step.num_workers, dtype=torch.float64)
         hyper = self.hyper(step.number, step.lr)
         yield RelayPass(self.rule, hyper, self._vectors, "relay_messages", trees, counts)

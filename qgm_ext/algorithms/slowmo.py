@@ -58,5 +58,5 @@ class Slowmo(MomentumAlgorithm):
         yield Pass("dsgdm_n", [step.lr, self.momentum, self.weight_decay], ("momentum_buffer",), step.mixing)
         if step.number % self.slowmo_period == 0:
             slow = [step.lr, self.slowmo_momentum, self.slowmo_lr]
-            mean = mean_mixing(len(step.x))
+            mean = mean_mixing(step.num_workers)
             yield Pass("slowmo_outer", slow, ("slow_params", "slow_momentum_buffer"), mean, exact_mean=True)

@@ -11,7 +11,7 @@ import abc
 import copy
 import numbers
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar, get_args
 
@@ -20,10 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
+from typing_extensions import Unpack
 
 from qgm_ext import ops
 from qgm_ext.algorithms import Algorithm, check_number
+from qgm_ext.distributed.engine import Clock
+from qgm_ext.distributed.options import RuntimeArguments, options_from
 from qgm_ext.optim.flat_parameters import FlatParameters, check_memory, check_parameter
+from qgm_ext.optim.peers import Peers, Work
 from qgm_ext.optim.runtime import Update, runtime_for
 from qgm_ext.stacked import NonFiniteGradientError, OnNonfinite
 from qgm_ext.topology import Topology
@@ -57,7 +61,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         on_nonfinite: what a gradient with an infinity or NaN does: "ignore" steps all the same, as torch does; "skip"
             leaves parameters and state as they are and counts the step in ``skipped_steps``; "raise" leaves them as
             they are and raises NonFiniteGradientError. The last two read the gradient once more, and wait for the
-            device.
+            device; with several workers all of them skip or raise if one must.
+        **runtime: options of several workers, :class:`qgm_ext.distributed.RuntimeOptions`: timeout, bucket_mb, ...
+
+    With several workers (a topology of n, and a process group of n) building the optimizer is a collective: the workers
+    compare what they were given, and start from the parameters of worker 0. So is every step. All trainable parameters
+    take part in every step, those without a gradient as if it were zero; state is what it is in
+    :class:`qgm_ext.StackedOptimizer`, to the bit.
 
     What differs from torch.optim.SGD, where a program could notice:
 
@@ -71,6 +81,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
     """
 
     family: ClassVar[str]
+    by_passes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -81,6 +92,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         topology: Topology | None = None,
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        **runtime: Unpack[RuntimeArguments],
     ) -> None:
         if on_nonfinite not in get_args(OnNonfinite):
             raise ValueError(f"on_nonfinite must be one of {', '.join(get_args(OnNonfinite))}, got {on_nonfinite!r}")
@@ -88,11 +100,25 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = 0
         self._process_group = group
-        self._runtime = runtime_for(topology, group)
+        self._options = options_from(dict(runtime))
+        self._runtime = runtime_for(topology, group, self._options, self.by_passes)
+        self._started = False
         self._bindings: list[_Binding] = []
         self._algorithms: list[tuple[list[Any], Algorithm]] = []
         # In every group, so that a state_dict says what it is of.
         super().__init__(params, {**defaults, "maximize": maximize, "algorithm": self.family})
+        self._start(self.param_groups)
+        self._started = True
+
+    @property
+    def num_workers(self) -> int:
+        """n, how many workers average."""
+        return self._runtime.num_workers
+
+    @property
+    def worker(self) -> int:
+        """The number of this worker, from 0."""
+        return self._runtime.worker if isinstance(self._runtime, Peers) else 0
 
     @abc.abstractmethod
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
@@ -120,6 +146,28 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         except BaseException:
             self.param_groups.pop()
             raise
+        if self._started:
+            self._start(self.param_groups[-1:])
+
+    def _start(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Let all workers start these groups alike; a collective."""
+        if not isinstance(self._runtime, Peers):
+            return
+        fields: dict[str, Any] = {"optimizer": type(self).__name__, "on_nonfinite": self.on_nonfinite}
+        made = [self.make_algorithm(_numbers(group)) for group in groups]
+        fields["number of parameter groups"] = len(groups)
+        for index, (group, algorithm) in enumerate(zip(groups, made, strict=True)):
+            of = f"of group {index}" if len(groups) > 1 else "of the optimizer"
+            fields |= {f"{name} {of}": value for name, value in algorithm.describe().items()}
+            fields |= {f"maximize {of}": group["maximize"], f"number of parameters {of}": len(group["params"])}
+            names = group.get("param_names", range(len(group["params"])))
+            for name, p in zip(names, group["params"], strict=True):
+                shape = None if is_lazy(p) else list(p.shape)
+                fields[f"parameter {name} {of}"] = [shape, str(p.dtype), p.requires_grad]
+        params = [p for group in groups for p in group["params"] if not is_lazy(p)]
+        for p in params:
+            check_parameter(p)
+        self._runtime.start(fields, made, params)
 
     def _check_group(self, group: Mapping[str, Any]) -> Algorithm:
         """The algorithm of a group; raises TypeError or ValueError if its parameters or values don't fit."""
@@ -170,7 +218,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             places: defaultdict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
             for p in fresh:
                 places[p.dtype, p.device].append(p)
-            binding.flat += [FlatParameters(some) for some in places.values()]
+            whole = isinstance(self._runtime, Peers)
+            binding.flat += [FlatParameters(some, whole=whole) for some in places.values()]
             taken = {id(p) for p in fresh}
             binding.rest = [p for p in binding.rest if id(p) not in taken]
         self._bindings[index : index + 1] = [binding]
@@ -197,6 +246,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         del self._bindings[len(self.param_groups) :]
+        if isinstance(self._runtime, Peers):
+            self._step_with_peers(self._runtime)
+            return loss
         updates: list[Update] = []
         stepped: list[tuple[FlatParameters, list[int]]] = []
         for index, group in enumerate(self.param_groups):
@@ -214,6 +266,51 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         # The kernels write memory that autograd does not see change; backward through an old graph must fail.
         torch.autograd.graph.increment_version(changed)
         return loss
+
+    def _step_with_peers(self, peers: Peers) -> None:
+        works: list[Work] = []
+        stepped: list[FlatParameters] = []
+        for index, group in enumerate(self.param_groups):
+            algorithm, lr = self._algorithm(index, group)
+            flats = self._bind(index, group["params"])
+            kept = group.get("clock", {})
+            for flat in flats:
+                vectors, fresh = flat.vectors(self.state, peers.state_names(algorithm), group["maximize"])
+                clock = Clock(
+                    int(flat.steps[0]),
+                    kept.get("round", 0),
+                    kept.get("previous_lr"),
+                    {name: torch.tensor(value, dtype=torch.float64) for name, value in kept.get("scalars", {}).items()},
+                )
+                works.append(Work(vectors, algorithm, lr, clock, fresh))
+                stepped.append(flat)
+            if len(flats) > 1 and algorithm.initial_scalars(1):
+                raise ValueError(
+                    f"{algorithm.name} keeps one number for all parameters of a group: they must be of one dtype and "
+                    f"device, and be trainable from the start, got {len(flats)} kinds in group {index}"
+                )
+        gradients = [work.vectors.g for work in works]
+        peers.clip(gradients)
+        if self.on_nonfinite != "ignore":
+            bad = peers.nonfinite(gradients)
+            if bad and self.on_nonfinite == "raise":
+                raise NonFiniteGradientError(
+                    f"the gradient of worker{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} is not finite; "
+                    "parameters and state are as before the step (on_nonfinite='skip' leaves such steps out)"
+                )
+            if bad:
+                self.skipped_steps += 1
+                return
+        peers.step(works)
+        place = 0
+        for group, binding in zip(self.param_groups, self._bindings, strict=True):
+            place += len(binding.flat)
+            if binding.flat:
+                clock = works[place - 1].clock
+                scalars = {name: value.tolist() for name, value in clock.scalars.items()}
+                group["clock"] = {"round": clock.round, "previous_lr": clock.previous_lr, "scalars": scalars}
+        changed = [p for flat in stepped for p in flat.advance(range(len(flat.params)))]
+        torch.autograd.graph.increment_version(changed)
 
     def _gradients_are_finite(self, updates: list[Update]) -> bool:
         if all(bool(ops.rows_are_finite(update.grad).all()) for update in updates):
@@ -293,7 +390,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         lacking = sorted(self.defaults.keys() - saved.keys())
         if lacking:
             raise ValueError(f"param_groups[{index}] of the state_dict lacks {', '.join(lacking)}")
-        return self._check_group(saved).state_names
+        algorithm = self._check_group(saved)
+        return self._runtime.state_names(algorithm) if isinstance(self._runtime, Peers) else algorithm.state_names
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the buffers: they are made again around the parameters of the copy. State is cloned, because a
@@ -310,6 +408,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             "on_nonfinite": self.on_nonfinite,
             "skipped_steps": self.skipped_steps,
             "_process_group": self._process_group,
+            "_options": self._options,
+            "_started": True,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -318,7 +418,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self._algorithms = []
         if "_bindings" not in self.__dict__:
             self._bindings = []
-            self._runtime = runtime_for(self.topology, self._process_group)
+            self._runtime = runtime_for(self.topology, self._process_group, self._options, self.by_passes)
 
 
 def _number(value: Any) -> Any:

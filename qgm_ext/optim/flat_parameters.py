@@ -16,6 +16,7 @@ Groups, hyper-parameters and checkpoints are the business of :mod:`qgm_ext.optim
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from operator import is_
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from qgm_ext.algorithms import Algorithm
+from qgm_ext.distributed.engine import Vectors
 from qgm_ext.flat import FlatLayout
 from qgm_ext.ops import compute_dtype
 from qgm_ext.optim.runtime import Update
@@ -46,16 +48,17 @@ class FlatParameters:
         params: parameters of one dtype and device, checked by :func:`check_parameter`. Their values move into the
             buffer: from now on each ``parameter.data`` is a view of it. Strides are kept, so a channels_last
             parameter stays channels_last.
+        whole: they are always stepped together, as :meth:`vectors`: in the given order, gradients gathered.
 
     Attributes:
-        params: in the order of the buffer: small ones (fewer than LARGE elements) first.
+        params: in the order of the buffer: small ones (fewer than LARGE elements) first, unless ``whole``.
         x: the buffer, [size].
         steps: how many steps each parameter has taken, [len(params)] int64 on the CPU.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], *, whole: bool = False) -> None:
         self.dtype, self.device = params[0].dtype, params[0].device
-        large = LARGE[self.device.type]
+        large = sys.maxsize if whole else LARGE[self.device.type]
         self.params = sorted(params, key=lambda p: p.numel() >= large)  # sorted is stable
         self._num_small = sum(p.numel() < large for p in params)
         self._layout = FlatLayout(p.shape for p in self.params)
@@ -184,10 +187,7 @@ class FlatParameters:
                 continue
             active.append(i)
             if grad.is_sparse:
-                raise TypeError(
-                    f"gradients must be dense, but that of a parameter of shape {list(p.shape)} is sparse: build its "
-                    "layer with sparse=False"
-                )
+                raise _sparse_gradient(p)
             entry = state.get(p)
             if entry is None or not all(map(is_, map(entry.get, names), self._bound[i].values())):
                 unbound.append(i)
@@ -208,6 +208,54 @@ class FlatParameters:
                 grad.neg_()
             updates.append(Update(x, grad, vectors, rule, algorithm.hyper(counts[run[0]], lr)))
         return updates, active
+
+    def vectors(self, state: State, names: Sequence[str], maximize: bool) -> tuple[Vectors, bool]:
+        """Bind state and gather gradients of all parameters, zero where there is none; no parameter changes.
+
+        Args:
+            state: the optimizer's state, brought in line with the buffers.
+            names: of the state vectors.
+            maximize: step along the gradient instead of against it.
+
+        Returns:
+            The vectors, and whether the state is new, that is, zero.
+
+        Raises:
+            TypeError, ValueError: as :meth:`prepare`, or if parameters have taken different numbers of steps.
+        """
+        if tuple(self._buffers) != tuple(names):
+            self._use_state(names, state)
+        fresh = not any(state.get(p) for p in self.params)
+        keys = (*names, "step")
+        unbound = [
+            i
+            for i, p in enumerate(self.params)
+            if not all(map(is_, map(state.get(p, {}).get, keys), self._bound[i].values()))
+        ]
+        if unbound:
+            self._bind_state(unbound, state)
+        counts = self.steps.tolist()
+        if counts.count(counts[0]) < len(counts):
+            raise ValueError(
+                "parameters that are averaged with other workers step together, but those of one group have taken "
+                f"{min(counts)} to {max(counts)} steps; was the state of some of them loaded or deleted?"
+            )
+        active, grads = [], []
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                self._gather_views[i].zero_()
+                continue
+            if p.grad.is_sparse:
+                raise _sparse_gradient(p)
+            active.append(i)
+            grads.append(p.grad)
+        if active:
+            torch._foreach_copy_([self._gather_views[i] for i in active], grads)
+        if maximize:
+            self._gathered.neg_()
+        segments = tuple((o, s.numel()) for o, s in zip(self._layout.offsets, self._layout.shapes, strict=True))
+        found = {name: buffer[None] for name, buffer in self._buffers.items()}
+        return Vectors(self.x[None], self._gathered[None], found, segments), fresh
 
     def advance(self, active: Sequence[int]) -> list[Tensor]:
         """Count a step of the parameters ``active``, and return them."""
@@ -267,6 +315,13 @@ class FlatParameters:
                 grad.neg_()
         flat: Tensor = grad.detach().as_strided((1, view.numel()), (view.numel(), 1))
         return flat
+
+
+def _sparse_gradient(p: Tensor) -> TypeError:
+    return TypeError(
+        f"gradients must be dense, but that of a parameter of shape {list(p.shape)} is sparse: build its "
+        "layer with sparse=False"
+    )
 
 
 def dense_strides(p: Tensor) -> tuple[int, ...]:

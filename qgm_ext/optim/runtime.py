@@ -1,22 +1,27 @@
-"""How the updates of a step are carried out: alone, or with neighbours.
+"""Which runtime a process gets, and the one of a worker alone.
 
-An optimizer collects :class:`Update` objects, one for each run of parameters that is stepped as one vector, and hands
-them to a :class:`Runtime`, which owns the mixing. Nothing here knows parameters, groups or algorithms.
+A worker alone collects :class:`Update` objects, one for each run of parameters that is stepped as one vector, and hands
+them to :class:`OneWorker`. Workers that average with others have :class:`qgm_ext.optim.peers.Peers`. Nothing here knows
+parameters, groups or algorithms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
 from qgm_ext import ops
 from qgm_ext import topology as topologies
+from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.topology import Topology
 
-__all__ = ["OneWorker", "Runtime", "Update", "runtime_for"]
+if TYPE_CHECKING:
+    from qgm_ext.optim.peers import Peers
+
+__all__ = ["OneWorker", "Update", "runtime_for"]
 
 
 class Update(NamedTuple):
@@ -27,14 +32,6 @@ class Update(NamedTuple):
     state: list[Tensor]
     rule: str
     hyper: list[float]
-
-
-class Runtime(Protocol):
-    """Carries out the updates of one step, all of them, in place."""
-
-    num_workers: int
-
-    def step(self, updates: Sequence[Update]) -> None: ...
 
 
 class OneWorker:
@@ -52,18 +49,23 @@ class OneWorker:
             ops.gossip_step_(x, grad, state, tensors, mixing.form, rule, hyper)
 
 
-def runtime_for(topology: Topology | None, group: dist.ProcessGroup | None) -> Runtime:
+def runtime_for(
+    topology: Topology | None, group: dist.ProcessGroup | None, options: RuntimeOptions, by_passes: bool
+) -> OneWorker | Peers:
     """The runtime of this process.
 
     Args:
-        topology: who averages with whom; None for a worker of its own, or the default of a process group.
+        topology: who averages with whom; None for a worker of its own.
         group: the process group of the workers; None for the default group if torch.distributed is initialised.
+        options: of the runtime of several workers.
+        by_passes: the algorithm may be more than one rule, so that even a worker alone runs it pass by pass.
 
     Raises:
         TypeError: if an argument has another type.
         ValueError: if topology, group and the processes that were started don't fit together.
-        NotImplementedError: if the group has several workers; averaging over a process group is not supported yet.
     """
+    from qgm_ext.optim.peers import Peers  # which builds on this module's buffers
+
     if topology is not None and not isinstance(topology, Topology):
         raise TypeError(f"topology must be a qgm_ext.topology.Topology or None, got {type(topology).__name__}")
     running = dist.is_available() and dist.is_initialized()
@@ -87,9 +89,11 @@ def runtime_for(topology: Topology | None, group: dist.ProcessGroup | None) -> R
             "SCRIPT` and call torch.distributed.init_process_group first; for all workers in one process use "
             "qgm_ext.Simulator"
         )
-    if size > 1:
-        raise NotImplementedError(
-            f"the process group has {size} workers, and averaging over a process group is not supported yet: use one "
-            "process, or qgm_ext.Simulator for several workers on one device"
+    if size > 1 and topology is None:
+        raise ValueError(
+            f"the process group has {size} workers, so topology must say who averages with whom, e.g. "
+            f"topology=qgm_ext.topology.ring({size}); got None"
         )
+    if size > 1 or by_passes:
+        return Peers(topologies.complete(1) if topology is None else topology, group, options)
     return OneWorker()

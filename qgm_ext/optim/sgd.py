@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from qgm_ext.algorithms import Algorithm, get
+from qgm_ext.distributed.options import RuntimeArguments
 from qgm_ext.optim.base import DecentralizedOptimizer, Params
 from qgm_ext.stacked import OnNonfinite
 from qgm_ext.topology import Topology
@@ -27,7 +29,7 @@ class DSGD(DecentralizedOptimizer):
         params: parameters, named parameters or groups; lr and weight_decay may be set for each group.
         lr: step size eta >= 0, a number or a tensor of one element.
         weight_decay: lambda >= 0, coupled: added to the gradient.
-        maximize, topology, group, on_nonfinite: see :class:`DecentralizedOptimizer`.
+        maximize, topology, group, on_nonfinite, **runtime: see :class:`DecentralizedOptimizer`.
 
     Raises:
         TypeError, ValueError: if an argument does not fit; it is named with what was expected and what came.
@@ -47,9 +49,18 @@ class DSGD(DecentralizedOptimizer):
         topology: Topology | None = None,
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        **runtime: Unpack[RuntimeArguments],
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, defaults, maximize=maximize, topology=topology, group=group, on_nonfinite=on_nonfinite)
+        super().__init__(
+            params,
+            defaults,
+            maximize=maximize,
+            topology=topology,
+            group=group,
+            on_nonfinite=on_nonfinite,
+            **runtime,
+        )
 
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
         return get("dsgd", lr=group["lr"], weight_decay=group["weight_decay"])
@@ -64,7 +75,7 @@ class DSGDm(DecentralizedOptimizer):
         momentum: beta in [0, 1).
         nesterov: take the step g + beta m instead of m.
         weight_decay: lambda >= 0, coupled: added to the gradient before the momentum.
-        maximize, topology, group, on_nonfinite: see :class:`DecentralizedOptimizer`.
+        maximize, topology, group, on_nonfinite, **runtime: see :class:`DecentralizedOptimizer`.
 
     Raises:
         TypeError, ValueError: if an argument does not fit; it is named with what was expected and what came.
@@ -86,9 +97,18 @@ class DSGDm(DecentralizedOptimizer):
         topology: Topology | None = None,
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        **runtime: Unpack[RuntimeArguments],
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(params, defaults, maximize=maximize, topology=topology, group=group, on_nonfinite=on_nonfinite)
+        super().__init__(
+            params,
+            defaults,
+            maximize=maximize,
+            topology=topology,
+            group=group,
+            on_nonfinite=on_nonfinite,
+            **runtime,
+        )
 
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
         name = "dsgdm_n" if _nesterov(group) else "dsgdm"
@@ -110,7 +130,7 @@ class QGSGD(DecentralizedOptimizer):
         nesterov: the Nesterov form, QG-DSGDm-N.
         weight_decay: lambda >= 0, coupled: added to the gradient before the momentum.
         local_step: k >= 1; with k > 1 the momentum takes the mean of k steps on every k-th step.
-        maximize, topology, group, on_nonfinite: see :class:`DecentralizedOptimizer`.
+        maximize, topology, group, on_nonfinite, **runtime: see :class:`DecentralizedOptimizer`.
 
     Raises:
         TypeError, ValueError: if an argument does not fit; it is named with what was expected and what came.
@@ -146,6 +166,7 @@ class QGSGD(DecentralizedOptimizer):
         topology: Topology | None = None,
         group: dist.ProcessGroup | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        **runtime: Unpack[RuntimeArguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -155,7 +176,15 @@ class QGSGD(DecentralizedOptimizer):
             "weight_decay": weight_decay,
             "local_step": local_step,
         }
-        super().__init__(params, defaults, maximize=maximize, topology=topology, group=group, on_nonfinite=on_nonfinite)
+        super().__init__(
+            params,
+            defaults,
+            maximize=maximize,
+            topology=topology,
+            group=group,
+            on_nonfinite=on_nonfinite,
+            **runtime,
+        )
 
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
         return get(

@@ -759,11 +759,10 @@ def test_process_group_of_one_process_is_one_worker(process_group) -> None:
         QGSGD(mlp().parameters(), 0.05, topology=topology.ring(4))
 
 
-def test_process_group_of_many_processes_is_not_supported_yet(process_group, monkeypatch) -> None:
+def test_process_group_of_many_processes_needs_a_topology(process_group, monkeypatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
-    for arguments in ({}, {"topology": topology.ring(4)}):
-        with pytest.raises(NotImplementedError, match=r"the process group has 4 workers, .* not supported yet"):
-            QGSGD(mlp().parameters(), 0.05, **arguments)
+    with pytest.raises(ValueError, match=r"the process group has 4 workers, so topology must say .* got None"):
+        QGSGD(mlp().parameters(), 0.05)
 
 
 def test_process_group_of_others_is_refused(process_group) -> None:

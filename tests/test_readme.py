@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +21,22 @@ def test_python_examples_run_in_order():
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["sim"].num_steps == 20
+
+
+def test_the_example_of_several_processes_runs(tmp_path):
+    block = re.search(r"<!-- example: torchrun -->\n```py\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+    assert block is not None
+    script = tmp_path / "train.py"
+    script.write_text(block[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ran = subprocess.run(
+        [*torchrun, "--nproc-per-node", "3", str(script)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    said = sorted(line for line in ran.stdout.splitlines() if line.startswith("worker"))
+    assert [line.split(":")[0] for line in said] == [f"worker {rank} of 3" for rank in range(3)]
 
 
 def test_marked_commands_are_one_line_each():

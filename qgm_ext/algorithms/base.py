@@ -76,7 +76,7 @@ class RelayPass:
 class Step:
     """What an algorithm knows when it says which passes a step is made of.
 
-    The rows are those of all n workers, or, in a process that is one of them (:mod:`qgm_ext.distributed`), its own alone.
+    The rows are those of all n workers, or, in a process that is one of them (:mod:`qgm_ext.distributed`), its own.
 
     Attributes:
         number: of the step, from 0.

@@ -1,0 +1,28 @@
+"""Decentralized training over a process group: one process is one worker, torch.distributed carries the messages.
+
+Users build an optimizer of :mod:`qgm_ext.optim` with a topology of as many workers as there are processes::
+
+    torch.distributed.init_process_group("gloo")
+    opt = qgm_ext.optim.QGSGD(model.parameters(), lr=0.1, topology=qgm_ext.topology.ring(world_size))
+
+and everything else is as with torch.optim: ``loss.backward(); opt.step()``. ``optim.Decentralized(params, "d2",
+topology=..., lr=...)`` runs any algorithm by its name. The parts:
+
+- :mod:`~qgm_ext.distributed.options`: :class:`RuntimeOptions`, the keyword arguments of these optimizers;
+- :mod:`~qgm_ext.distributed.agreement`: what all workers must agree on at the start;
+- :mod:`~qgm_ext.distributed.exchange`: messages, their headers, time limits, and the errors that name a peer;
+- :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors;
+- :mod:`qgm_ext.optim.peers`: parameter groups on top of it.
+
+A worker's state is in ``opt.state_dict()`` as with any torch optimizer: vectors by parameter, what the algorithm keeps
+besides under ``clock`` in the parameter group. It and the model are all that a worker needs to go on; each worker saves
+its own. ``opt.worker`` and ``opt.num_workers`` say who it is.
+
+Bits are those of the worker's row in :class:`qgm_ext.StackedOptimizer` and :class:`qgm_ext.Simulator`.
+"""
+
+from qgm_ext.distributed.agreement import DisagreementError
+from qgm_ext.distributed.exchange import MessageError, PeerLostError
+from qgm_ext.distributed.options import RuntimeOptions
+
+__all__ = ["DisagreementError", "MessageError", "PeerLostError", "RuntimeOptions"]

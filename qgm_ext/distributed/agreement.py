@@ -1,0 +1,89 @@
+"""Whether all workers were started alike: a comparison of what each of them says about itself.
+
+What is exchanged is JSON in tensors of bytes; nothing that a peer sends is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["DisagreementError", "check_agreement", "gather_json"]
+
+_LARGEST = 1 << 28  # bytes that a worker may say about itself; more is garbage
+
+
+class DisagreementError(ValueError):
+    """Workers of one group were started with different arguments; every one of them raises it."""
+
+
+def gather_json(group: dist.ProcessGroup | None, content: Any, device: torch.device) -> list[Any]:
+    """What every worker of a group says, by rank; a collective.
+
+    Args:
+        group: the workers.
+        content: of this worker, JSON-ready.
+        device: where the group's backend wants its tensors.
+
+    Raises:
+        ValueError: if a worker sends something else; its rank is named.
+    """
+    text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8).to(device)
+    size = dist.get_world_size(group)
+    lengths = _gather(group, torch.tensor([len(text)], dtype=torch.int64, device=device), size)
+    for rank, length in enumerate(lengths):
+        if not 0 < int(length) <= _LARGEST:
+            raise ValueError(f"rank {rank} announces {int(length)} bytes about itself: it does not run this program")
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(text)] = text
+    found = []
+    for rank, (length, row) in enumerate(zip(lengths, _gather(group, padded, size), strict=True)):
+        try:
+            found.append(json.loads(bytes(row[: int(length)].cpu().numpy()).decode()))
+        except ValueError as error:
+            raise ValueError(
+                f"rank {rank} sends no JSON about itself ({error}): it does not run this program"
+            ) from error
+    return found
+
+
+def _gather(group: dist.ProcessGroup | None, mine: Tensor, size: int) -> list[Tensor]:
+    out = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(out, mine, group=group)
+    return out
+
+
+def check_agreement(group: dist.ProcessGroup | None, fields: Mapping[str, Any], device: torch.device) -> None:
+    """Compare what all workers say with what rank 0 says; a collective, after which all of them have spoken.
+
+    Args:
+        group: the workers.
+        fields: what must be equal, by name, JSON-ready.
+        device: where the group's backend wants its tensors.
+
+    Raises:
+        DisagreementError: on every worker, if one differs; it names the rank, the field and both values.
+    """
+    said = gather_json(group, dict(fields), device)
+    first = said[0] if isinstance(said[0], dict) else {}
+    for rank, theirs in enumerate(said):
+        theirs = theirs if isinstance(theirs, dict) else {}
+        for name in (*first, *(key for key in theirs if key not in first)):
+            if name not in first or name not in theirs or first[name] != theirs[name]:
+                raise DisagreementError(
+                    f"workers must be started alike, but {name} of rank {rank} is {_shown(theirs, name)}, "
+                    f"and of rank 0 {_shown(first, name)}"
+                )
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    if name not in fields:
+        return "missing"
+    text = json.dumps(fields[name])
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,366 @@
+"""WorkerEngine: runs the passes of an algorithm for one worker, with messages where the stacked step reads other rows.
+
+A pass becomes: the rule's local half, which writes straight into send buffers; one batch of sends and receives for
+each bucket; the rule's merging half over what came, in ascending order of workers, so that the bits are those of the
+worker's row in :class:`qgm_ext.StackedOptimizer`. An exact mean is summed in parts: each worker adds up its share of
+the coordinates, again in order, and hands it to all. Relayed sums go along the edges of the trees.
+
+It knows vectors, not models or parameter groups (:mod:`qgm_ext.optim`), and not how messages travel
+(:mod:`qgm_ext.distributed.exchange`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qgm_ext import graphs, ops
+from qgm_ext import topology as topologies
+from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, identity_mixing
+from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
+from qgm_ext.flat import ALIGNMENT
+from qgm_ext.mixing import Mixing
+from qgm_ext.topology import Topology
+
+__all__ = ["Clock", "Vectors", "WorkerEngine", "relay_state_names"]
+
+_KEPT_PLANS = 64  # of topologies that never repeat, only the last few are needed
+
+
+class Vectors(NamedTuple):
+    """What a step changes: one worker's row of everything.
+
+    Args:
+        x: parameters, [1, D]. g: gradient at x, [1, D].
+        state: the state vectors by name, each [1, D] in the compute dtype; for relayed sums those of
+            :func:`relay_state_names`.
+        segments: (first, length) of each parameter in the row.
+    """
+
+    x: Tensor
+    g: Tensor
+    state: Mapping[str, Tensor]
+    segments: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Clock:
+    """What an algorithm remembers from step to step besides vectors.
+
+    Args:
+        number: steps taken. round: of those, in how many the workers averaged.
+        previous_lr: the last step size that was not 0; None before the first.
+        scalars: the algorithm's numbers of each worker, [n] float64 by name.
+    """
+
+    number: int = 0
+    round: int = 0
+    previous_lr: float | None = None
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Plan(NamedTuple):
+    """A row and a column of a mixing matrix, as messages."""
+
+    senders: list[int]  # ascending, without this worker
+    receivers: list[int]
+    terms: list[int]  # ascending, with this worker if it counts: whose messages are summed
+    weights: list[float]
+    mean: bool
+
+
+def relay_state_names(name: str, topology: Topology, worker: int) -> list[str]:
+    """The state vectors that hold the relayed messages of one worker: one for each neighbour in any of the trees."""
+    return [f"{name}_{peer}" for peer in _relay_peers(topology, worker)]
+
+
+def _relay_peers(topology: Topology, worker: int) -> list[int]:
+    return sorted({peer for tree in topology.trees().trees for peer in _tree_neighbors(tree.edges, worker)})
+
+
+def _tree_neighbors(edges: graphs.Edges, worker: int) -> list[int]:
+    to, frm = edges
+    return sorted(frm[to == worker].tolist())
+
+
+class WorkerEngine:
+    """The steps of one worker.
+
+    Args:
+        topology: who averages with whom.
+        worker: which of its workers this is.
+        exchange: how messages travel; None for a worker without others.
+        bucket_bytes: vectors are cut into buckets of at most this size.
+    """
+
+    def __init__(self, topology: Topology, worker: int, exchange: Exchange | None, bucket_bytes: int) -> None:
+        self.topology = topology
+        self.worker = worker
+        self.exchange = exchange
+        self._bucket_bytes = bucket_bytes
+        self._plans: OrderedDict[int, tuple[Mixing, _Plan]] = OrderedDict()
+        self._messages: dict[tuple[object, ...], Message] = {}
+        self._silent = identity_mixing(1)
+        self._part = 0
+        self._number = 0
+
+    def begin_step(self, number: int) -> None:
+        """All messages of a step are numbered from its beginning; ``number`` is that of the step."""
+        self._number, self._part = number, 0
+
+    def run(self, algorithm: Algorithm, vectors: Vectors, lr: float, clock: Clock, gossip: bool = True) -> None:
+        """One step, in place; ``clock`` is advanced.
+
+        Args:
+            algorithm: what to do.
+            vectors: what to do it to.
+            lr: step size.
+            clock: of this algorithm and these vectors.
+            gossip: False: every worker for itself, W = I.
+
+        Raises:
+            ValueError: if the algorithm can't do without the others for a step.
+        """
+        topology = self.topology if gossip else _alone(self.topology.num_workers)
+        previous = lr if clock.previous_lr is None else clock.previous_lr
+        scalars = dict(clock.scalars)
+        step = Step(
+            clock.number,
+            lr,
+            previous,
+            topology,
+            vectors.x,
+            vectors.g,
+            vectors.state,
+            scalars,
+            vectors.segments,
+            self.worker,
+            clock.round,
+        )
+        for part in _passes(algorithm, step, gossip):
+            if isinstance(part, RelayPass):
+                self._relay(part, vectors)
+            elif part.exact_mean:
+                self._exact_mean(part, vectors)
+            else:
+                self._gossip(part, vectors)
+            self._part += 1
+        clock.scalars = scalars
+        clock.previous_lr = lr or clock.previous_lr
+        clock.number += 1
+        clock.round += gossip
+
+    def start_state(self, algorithm: Algorithm, vectors: Vectors) -> None:
+        """Give state vectors, which are zero, what they start from."""
+        own = {name: vector for name, vector in vectors.state.items() if name in algorithm.state_names}
+        relayed = [name for name in algorithm.state_names if name not in own]
+        if not relayed:
+            algorithm.start_state(self.topology, vectors.x, own)
+            return
+        for name in relayed:  # the other vectors of algorithms that relay start from zero
+            trees = self.topology.trees().trees
+            for k, tree in enumerate(trees):
+                to, frm = tree.edges
+                for edge in (to == self.worker).nonzero()[0].tolist():
+                    target = vectors.state[f"{name}_{int(frm[edge])}"][0, k :: len(trees)]
+                    x = vectors.x[0, k :: len(trees)].to(target.dtype)
+                    target.copy_(algorithm.initial_relay(tree, edge, x))
+
+    # Passes -----------------------------------------------------------------------------------------------------------
+
+    def _gossip(self, part: Pass, vectors: Vectors) -> None:
+        plan = self._plan(part.mixing)
+        x, g = vectors.x, vectors.g
+        state = [vectors.state[name] for name in part.state]
+        if not plan.senders and not plan.receivers:
+            tensors = self._silent.tensors(x.device, ops.compute_dtype(x.dtype))
+            ops.gossip_step_(x, g, state, tensors, self._silent.form, part.rule, part.hyper, part.row_scalars)
+            return
+        row = None if part.row_scalars is None else part.row_scalars[0]
+        under_way: list[tuple[slice, list[Pending], dict[int, list[Tensor]]]] = []
+        for bucket, place in enumerate(self._buckets(x)):
+            under_way.append((place, *self._send(part, plan, vectors, row, bucket, place)))
+        for place, pending, messages in under_way:
+            self._wait([one for one in pending if one.incoming])
+            count = len(messages[self.worker])
+            received = [messages[peer][k] for k in range(count) for peer in plan.terms]
+            pieces = [vector[0, place] for vector in state]
+            ops.merge_(x[0, place], g[0, place], pieces, received, plan.weights, plan.mean, part.rule, part.hyper, row)
+        for _, pending, _ in under_way:  # the buffers are written again in the next pass
+            self._wait([one for one in pending if not one.incoming])
+
+    def _send(
+        self, part: Pass, plan: _Plan, vectors: Vectors, row: Tensor | None, bucket: int, place: slice
+    ) -> tuple[list[Pending], dict[int, list[Tensor]]]:
+        """Make the messages of one bucket and start their exchange; returns where each worker's will be."""
+        x, g = vectors.x[0, place], vectors.g[0, place]
+        compute = ops.compute_dtype(x.dtype)
+        count = ops.rules("cuda" if x.is_cuda else "cpu")[part.rule].messages
+        size = count * x.numel() * compute.itemsize
+        outgoing = self._message(x.device, size, bucket, -1)
+        mine = outgoing.vectors(count, compute)
+        state = [vectors.state[name][0, place] for name in part.state]
+        ops.local_step_(x, g, state, mine, part.rule, part.hyper, row)
+        incoming = {peer: self._message(x.device, size, bucket, k) for k, peer in enumerate(plan.senders)}
+        messages = {peer: message.vectors(count, compute) for peer, message in incoming.items()}
+        pending = self._post([(peer, outgoing) for peer in plan.receivers], list(incoming.items()), bucket)
+        return pending, messages | {self.worker: mine}
+
+    def _exact_mean(self, part: Pass, vectors: Vectors) -> None:
+        """Messages averaged over all workers: each sums its share of the coordinates in order and hands it to all."""
+        x, g, n = vectors.x, vectors.g, self.topology.num_workers
+        if n == 1:
+            self._gossip(part, vectors)
+            return
+        state = [vectors.state[name] for name in part.state]
+        compute = ops.compute_dtype(x.dtype)
+        count = ops.rules("cuda" if x.is_cuda else "cpu")[part.rule].messages
+        row = None if part.row_scalars is None else part.row_scalars[0]
+        others = [peer for peer in range(n) if peer != self.worker]
+        for bucket, place in enumerate(self._buckets(x)):
+            width = place.stop - place.start
+            mine = [torch.empty(width, dtype=compute, device=x.device) for _ in range(count)]
+            pieces = [vector[0, place] for vector in state]
+            ops.local_step_(x[0, place], g[0, place], pieces, mine, part.rule, part.hyper, row)
+            shares = _shares(width, n)
+            own = shares[self.worker]
+            outgoing, incoming = {}, {}
+            for k, peer in enumerate(others):
+                outgoing[peer] = self._message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, ~k)
+                for target, vector in zip(outgoing[peer].vectors(count, compute), mine, strict=True):
+                    target.copy_(vector[shares[peer]])
+                incoming[peer] = self._message(x.device, count * _length(own) * compute.itemsize, bucket, k)
+            self._wait(self._post(list(outgoing.items()), list(incoming.items()), 2 * bucket))
+            total = self._message(x.device, count * _length(own) * compute.itemsize, bucket, None)
+            parts = {peer: message.vectors(count, compute) for peer, message in incoming.items()}
+            parts[self.worker] = [vector[own] for vector in mine]
+            for k, target in enumerate(total.vectors(count, compute)):
+                _mean_into(target, [parts[peer][k] for peer in range(n)])
+            final = {
+                peer: self._message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, k)
+                for k, peer in enumerate(others)
+            }
+            self._wait(self._post([(peer, total) for peer in others], list(final.items()), 2 * bucket + 1))
+            for peer, message in (*final.items(), (self.worker, total)):
+                for target, vector in zip(mine, message.vectors(count, compute), strict=True):
+                    target[shares[peer]] = vector
+            ops.merge_(x[0, place], g[0, place], pieces, mine, [1.0], False, part.rule, part.hyper, row)
+
+    def _relay(self, part: RelayPass, vectors: Vectors) -> None:
+        """m_ij <- h_i + sum of the last m_li over the neighbours l but j; x from (count h_i + sum of new m_ji) / n."""
+        x, trees = vectors.x, part.trees.trees
+        compute = ops.compute_dtype(x.dtype)
+        h = torch.empty(x.shape[1], dtype=compute, device=x.device)
+        state = [vectors.state[name][0] for name in part.state]
+        ops.local_step_(x[0], vectors.g[0], state, [h], part.rule, part.hyper, None)
+        kept = {peer: vectors.state[f"{part.messages}_{peer}"][0] for peer in _relay_peers(self.topology, self.worker)}
+        neighbors = [_tree_neighbors(tree.edges, self.worker) for tree in trees]
+        lanes = [slice(k, None, len(trees)) for k in range(len(trees))]
+        outgoing, incoming = {}, {}
+        for q, peer in enumerate(kept):
+            mine = [lane for lane, near in zip(lanes, neighbors, strict=True) if peer in near]
+            size = sum(h[lane].numel() for lane in mine) * compute.itemsize
+            outgoing[peer], incoming[peer] = (self._message(x.device, size, 0, k) for k in (~q, q))
+            for target, lane in zip(_cut(outgoing[peer], [h[lane] for lane in mine], compute), mine, strict=True):
+                target.copy_(h[lane])
+                for other in neighbors[lanes.index(lane)]:
+                    if other != peer:
+                        target.add_(kept[other][lane])
+        self._wait(self._post(list(outgoing.items()), list(incoming.items()), 0))
+        mixed = torch.empty_like(h)
+        for k, (lane, near) in enumerate(zip(lanes, neighbors, strict=True)):
+            torch.mul(h[lane], float(part.counts[k, self.worker]), out=mixed[lane])
+            for peer in near:
+                mine = [other for other, some in zip(lanes, neighbors, strict=True) if peer in some]
+                pieces = _cut(incoming[peer], [h[other] for other in mine], compute)
+                kept[peer][lane] = pieces[mine.index(lane)]
+                mixed[lane].add_(kept[peer][lane])
+        # Divided in the compute type, as the kernel does.
+        mixed.mul_(torch.ones((), dtype=compute) / self.topology.num_workers)
+        ops.merge_(x[0], vectors.g[0], state, [mixed], [1.0], False, part.rule, part.hyper, None)
+
+    # Messages ---------------------------------------------------------------------------------------------------------
+
+    def _post(
+        self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], bucket: int
+    ) -> list[Pending]:
+        if self.exchange is None:
+            raise RuntimeError("a worker without others has nobody to send to")
+        return self.exchange.post(sends, receives, Stamp(self._number, self._part, bucket))
+
+    def _wait(self, pending: Sequence[Pending]) -> None:
+        if self.exchange is not None:
+            self.exchange.wait(pending)
+
+    def _message(self, device: torch.device, size: int, bucket: int, slot: int | None) -> Message:
+        """A buffer to be used again in every step; slots tell apart those that are in use at the same time."""
+        key = (device, size, bucket, slot)
+        if key not in self._messages:
+            self._messages[key] = Message(size, device)
+        return self._messages[key]
+
+    def _buckets(self, x: Tensor) -> Iterator[slice]:
+        itemsize = ops.compute_dtype(x.dtype).itemsize
+        width = max(ALIGNMENT, self._bucket_bytes // itemsize // ALIGNMENT * ALIGNMENT)
+        for begin in range(0, x.shape[1], width):
+            yield slice(begin, min(begin + width, x.shape[1]))
+
+    def _plan(self, mixing: Mixing) -> _Plan:
+        found = self._plans.get(id(mixing))
+        if found is None:
+            columns, weights = mixing.row(self.worker)
+            if not len(columns):
+                raise ValueError(f"worker {self.worker} receives nothing, not even from itself: its row of W is empty")
+            to, frm = graphs.off_diagonal_edges(mixing)
+            plan = _Plan(
+                [peer for peer in columns.tolist() if peer != self.worker],
+                sorted(to[frm == self.worker].tolist()),
+                columns.tolist(),
+                weights.tolist(),
+                mixing.form == "mean",
+            )
+            found = self._plans[id(mixing)] = (mixing, plan)  # the matrix is kept, so that its id stays its own
+            if len(self._plans) > _KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return found[1]
+
+
+def _alone(n: int) -> Topology:
+    if n not in _ALONE:
+        _ALONE[n] = topologies.from_matrix(torch.eye(n, dtype=torch.float64).numpy(), allow_disconnected=True)
+    return _ALONE[n]
+
+
+_ALONE: dict[int, Topology] = {}
+
+
+def _passes(algorithm: Algorithm, step: Step, gossip: bool) -> Iterator[Pass | RelayPass]:
+    for part in algorithm.passes(step):
+        if not gossip and (isinstance(part, RelayPass) or part.exact_mean):
+            raise ValueError(f"{algorithm.name} needs the other workers in every step; it can't leave out gossip")
+        yield part
+
+
+def _shares(width: int, n: int) -> list[slice]:
+    """Cut ``width`` coordinates into one share for each worker, as even as alignment allows."""
+    share = -(-width // (n * ALIGNMENT)) * ALIGNMENT
+    return [slice(min(i * share, width), min((i + 1) * share, width)) for i in range(n)]
+
+
+def _length(piece: slice) -> int:
+    return int(piece.stop - piece.start)
+
+
+def _mean_into(out: Tensor, vectors: Sequence[Tensor]) -> None:
+    """The mean, summed in order and with the rounding of the kernels: DSGD's merge takes it over as it is."""
+    if out.numel():
+        ops.merge_(out, torch.empty_like(out), [], list(vectors), [1.0] * len(vectors), True, "dsgd", [0.0, 0.0])
+
+
+def _cut(message: Message, like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return list(torch.split(message.payload.view(dtype), [piece.numel() for piece in like]))

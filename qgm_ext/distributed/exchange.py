@@ -1,0 +1,241 @@
+"""Exchange: messages between the workers of a process group, in a fixed order and with a name for every failure.
+
+A message is one flat tensor of bytes: 64 bytes of header, then the vectors. Sender and receiver compute its length,
+its tag and its header from what they agreed on at the start, so that a message of another length, step or bucket is
+refused, and nothing in it decides how it is read. Which messages a step needs is said by
+:mod:`qgm_ext.distributed.engine`; Gloo ends the process if a message is longer than its buffer, which is why the length
+is part of the tag: such a message is never taken, and its sender is named when the wait is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+__all__ = ["Exchange", "Message", "MessageError", "PeerLostError", "Stamp"]
+
+_HEADER = 64  # bytes, so that the vectors behind it are aligned
+_MAGIC = 0x716D_675F_6578_7431
+_TAGS = 1 << 30
+_LOST_KEY = "qgm_ext/waits_in_vain"
+_GRACE = timedelta(seconds=2)  # for a worker to tell that it, too, waits in vain
+
+
+class PeerLostError(RuntimeError):
+    """A worker does not answer any more.
+
+    Attributes:
+        peer: its rank in the group.
+    """
+
+    def __init__(self, message: str, peer: int) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
+class MessageError(RuntimeError):
+    """A worker sent something else than the message that was due.
+
+    Attributes:
+        peer: its rank in the group.
+    """
+
+    def __init__(self, message: str, peer: int) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
+class Stamp(NamedTuple):
+    """What a message is part of; both ends must agree."""
+
+    step: int
+    part: int
+    bucket: int
+
+
+class Message:
+    """A buffer for messages of one length.
+
+    Args:
+        size: bytes of the payload.
+        device: where it is.
+
+    Attributes:
+        buffer: header and payload, uint8. payload: the payload, uint8.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.buffer = torch.zeros(_HEADER + size, dtype=torch.uint8, device=device)
+        self.payload = self.buffer[_HEADER:]
+        self.size = size
+        # On another device than the CPU reading a header would mean waiting for it: there messages go unchecked.
+        self._header: Any = self.buffer[:_HEADER].numpy().view(np.int64) if device.type == "cpu" else None
+
+    def vectors(self, count: int, dtype: torch.dtype) -> list[Tensor]:
+        """The payload as ``count`` vectors of equal length."""
+        flat = self.payload.view(dtype)
+        width = flat.numel() // count
+        return [flat[k * width : (k + 1) * width] for k in range(count)]
+
+    def stamp(self, sender: int, stamp: Stamp) -> None:
+        """Write the header."""
+        if self._header is not None:
+            self._header[:6] = (_MAGIC, sender, *stamp, self.size)
+
+    def check(self, sender: int, stamp: Stamp) -> None:
+        """Raise MessageError if the header is not that of the message that was due."""
+        if self._header is None:
+            return
+        found = self._header[:6].tolist()
+        wanted = [_MAGIC, sender, *stamp, self.size]
+        if found == wanted:
+            return
+        if found[0] != _MAGIC:
+            raise MessageError(f"rank {sender} sent garbage instead of its message of step {stamp.step}", sender)
+        names = ("magic", "sender", "step", "part", "bucket", "bytes")
+        wrong = [f"{name} {f} instead of {w}" for name, f, w in zip(names, found, wanted, strict=True) if f != w]
+        raise MessageError(f"rank {sender} sent another message than was due: {', '.join(wrong)}", sender)
+
+
+class Pending(NamedTuple):
+    """A message under way."""
+
+    work: Any
+    peer: int
+    message: Message
+    stamp: Stamp
+    incoming: bool
+
+
+class Exchange:
+    """Sends and receives for one worker of a process group.
+
+    Args:
+        group: the workers; None for the default group.
+        timeout: seconds after which a missing message is an error.
+
+    Attributes:
+        rank, size: of this worker and the group.
+        bytes_sent: payload and headers sent so far. seconds: time spent waiting for messages so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._timeout = timedelta(seconds=timeout)
+        self._global_ranks = (
+            list(range(self.size)) if group is None else [dist.get_global_rank(group, r) for r in range(self.size)]
+        )
+        self.backend = dist.get_backend(group)
+        self.bytes_sent = 0
+        self.seconds = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backend wants tensors of collectives."""
+        if self.backend == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def post(
+        self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], stamp: Stamp
+    ) -> list[Pending]:
+        """Start one batch of messages; their buffers belong to it until :meth:`wait`.
+
+        Raises:
+            PeerLostError: if a connection is broken already.
+        """
+        plan = [(peer, message, True) for peer, message in receives] + [
+            (peer, message, False) for peer, message in sends
+        ]
+        operations = []
+        for peer, message, incoming in plan:
+            if not incoming:
+                message.stamp(self.rank, stamp)
+                self.bytes_sent += message.buffer.numel()
+            tag = (stamp.bucket * 1_000_003 + message.size) % _TAGS
+            call = dist.irecv if incoming else dist.isend
+            operations.append(dist.P2POp(call, message.buffer, self._global_ranks[peer], group=self.group, tag=tag))
+        try:
+            works = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise self._lost(plan[0][0], stamp, error) from error
+        if len(works) != len(plan):  # a backend that joins the batch into one
+            works = [works[0]] * len(plan)
+        return [
+            Pending(work, peer, message, stamp, incoming)
+            for work, (peer, message, incoming) in zip(works, plan, strict=True)
+        ]
+
+    def wait(self, pending: Sequence[Pending]) -> None:
+        """Wait for messages, and check those that have come.
+
+        Raises:
+            PeerLostError: if one does not come in time or its sender is gone.
+            MessageError: if something else came.
+        """
+        start = time.perf_counter()
+        for work, peer, message, stamp, incoming in pending:
+            try:
+                if self.backend == "gloo":
+                    work.wait(self._timeout)
+                else:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._lost(peer, stamp, error) from error
+            if incoming:
+                message.check(peer, stamp)
+        self.seconds += time.perf_counter() - start
+
+    def _lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:
+        """The error that names the worker that was lost first, as far as the survivors know."""
+        first = self._first_lost(peer)
+        reason = str(error).splitlines()[0]
+        if "Timed out" in reason:
+            limit = f"{self._timeout.total_seconds():g} s"
+            what = f"sent no message of bucket {stamp.bucket} of step {stamp.step} within {limit}"
+        else:
+            what = f"is gone: its connection broke in step {stamp.step}"
+        if first != peer:
+            return PeerLostError(
+                f"rank {first} of {self.size} is lost, and so rank {peer}, which waited for it, {what} ({reason})",
+                first,
+            )
+        return PeerLostError(f"rank {peer} of {self.size} {what} ({reason})", peer)
+
+    def _first_lost(self, peer: int) -> int:
+        """The worker that the others wait for, one waiting for the next: each tells, through the store they met at, for
+        whom it waits in vain, and who tells nothing is lost.
+        """
+        seen = {self.rank}
+        try:
+            store = distributed_c10d._get_default_store()
+            store.set(self._lost_key(self.rank), str(peer))
+            while peer not in seen:
+                seen.add(peer)
+                try:
+                    store.wait([self._lost_key(peer)], _GRACE)
+                except RuntimeError:  # in vain, too
+                    return peer
+                following = int(store.get(self._lost_key(peer)).decode())
+                if not 0 <= following < self.size:
+                    return peer
+                peer = following
+        except (RuntimeError, ValueError):  # the store may have died with its host; then what was seen must do
+            pass
+        return peer
+
+    def _lost_key(self, rank: int) -> str:
+        return f"{_LOST_KEY}/{self._name}/{rank}"
+
+    @property
+    def _name(self) -> str:
+        return "default" if self.group is None else str(self.group.group_name)

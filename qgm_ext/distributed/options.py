@@ -1,0 +1,77 @@
+"""How workers in processes of their own talk: everything about the runtime that is not the algorithm."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from typing_extensions import TypedDict
+
+__all__ = ["RuntimeArguments", "RuntimeOptions", "options_from"]
+
+
+class RuntimeArguments(TypedDict, total=False):
+    """The keyword arguments of optimizers that :class:`RuntimeOptions` explains."""
+
+    timeout: float
+    bucket_mb: float
+    broadcast_parameters: bool
+    clip_grad_norm: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """Options of training over a process group; all workers must give the same.
+
+    Args:
+        timeout: seconds to wait for a neighbour's message, after which the step fails and names the neighbour.
+        bucket_mb: parameters are stepped and sent in buckets of at most this many MB (10^6 bytes).
+        broadcast_parameters: start all workers from the parameters of worker 0; False keeps each worker's own.
+        clip_grad_norm: if given, this worker's gradient is scaled to at most this 2-norm before the step, by
+            min(1, clip_grad_norm / (norm + 1e-6)) as :func:`torch.nn.utils.clip_grad_norm_` does. The norm is known
+            only after the whole backward pass, so nothing is sent before it.
+
+    Raises:
+        TypeError, ValueError: if a value does not fit.
+    """
+
+    timeout: float = 300.0
+    bucket_mb: float = 25.0
+    broadcast_parameters: bool = True
+    clip_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("timeout", self.timeout)
+        _check_positive("bucket_mb", self.bucket_mb)
+        if self.clip_grad_norm is not None:
+            _check_positive("clip_grad_norm", self.clip_grad_norm)
+        if not isinstance(self.broadcast_parameters, bool):
+            raise TypeError(f"broadcast_parameters must be True or False, got {self.broadcast_parameters!r}")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Largest size of a bucket in bytes."""
+        return max(1, int(self.bucket_mb * 1e6))
+
+
+def options_from(arguments: dict[str, Any]) -> RuntimeOptions:
+    """Options from keyword arguments.
+
+    Raises:
+        TypeError: if there is no such option; suggests the nearest.
+    """
+    known = [field.name for field in fields(RuntimeOptions)]
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options of the runtime are {', '.join(known)}"
+            raise TypeError(f"unexpected keyword argument {name!r}, {hint}")
+    return RuntimeOptions(**arguments)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")

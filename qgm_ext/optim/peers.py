@@ -1,0 +1,158 @@
+"""Peers: the runtime of a worker that averages with others over a process group.
+
+Where :class:`qgm_ext.optim.runtime.OneWorker` steps runs of parameters that have a gradient, here all trainable
+parameters of a group step together, whatever has a gradient, because the others count on their messages. Also the
+runtime of algorithms of several passes on a single worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import qgm_ext
+from qgm_ext import ops
+from qgm_ext.algorithms import Algorithm
+from qgm_ext.distributed.agreement import check_agreement, gather_json
+from qgm_ext.distributed.engine import Clock, Vectors, WorkerEngine, relay_state_names
+from qgm_ext.distributed.exchange import Exchange
+from qgm_ext.distributed.options import RuntimeOptions
+from qgm_ext.topology import Topology
+
+__all__ = ["Peers", "Work"]
+
+
+class Work(NamedTuple):
+    """The step of one flat buffer."""
+
+    vectors: Vectors
+    algorithm: Algorithm
+    lr: float
+    clock: Clock
+    fresh: bool
+
+
+class Peers:
+    """Steps flat buffers of one worker together with its neighbours.
+
+    Args:
+        topology: who averages with whom.
+        group: the process group of the workers; None for the default one, or for a single process without any.
+        options: of the runtime.
+
+    Attributes:
+        num_workers, worker: how many there are, and which of them this is.
+        exchange: how messages travel; None without a process group.
+    """
+
+    def __init__(self, topology: Topology, group: dist.ProcessGroup | None, options: RuntimeOptions) -> None:
+        self.topology = topology
+        self.options = options
+        self.num_workers = topology.num_workers
+        running = dist.is_available() and dist.is_initialized()
+        self.exchange = Exchange(group, options.timeout) if running else None
+        self.worker = self.exchange.rank if self.exchange is not None else 0
+        self._engine = WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes)
+        self._number = 0
+
+    def state_names(self, algorithm: Algorithm) -> tuple[str, ...]:
+        """The state vectors of a parameter, those that hold relayed messages one by one."""
+        names: list[str] = []
+        for name in algorithm.state_names:
+            relayed = algorithm.state_rows(name, self.topology) != self.num_workers or name == "relay_messages"
+            names += relay_state_names(name, self.topology, self.worker) if relayed else [name]
+        return tuple(names)
+
+    def start(self, fields: Mapping[str, Any], algorithms: Sequence[Algorithm], params: Sequence[Tensor]) -> None:
+        """Let all workers start alike: compare what they were given, and hand the parameters of worker 0 to all.
+
+        Args:
+            fields: what must be equal on all workers, by name, JSON-ready.
+            algorithms: those of all groups, to be checked against the topology.
+            params: all parameters.
+
+        Raises:
+            ValueError: if workers disagree, or an algorithm does not fit the topology.
+        """
+        exchange = self.exchange
+        rows = torch.zeros(self.num_workers, 1)
+        if exchange is not None:
+            for p in params:
+                if p.is_cuda and exchange.backend == "gloo":
+                    raise ValueError("parameters on cuda need a process group with the backend nccl, got gloo")
+            about = {
+                "qgm_ext": qgm_ext.__version__,
+                "topology": {"name": self.topology.name, "fingerprint": self.topology.fingerprint},
+                **{f"option {name}": value for name, value in dataclasses.asdict(self.options).items()},
+            }
+            check_agreement(exchange.group, about | dict(fields), exchange.device)
+            if self.options.broadcast_parameters:
+                self._broadcast(params)
+            else:
+                digests = gather_json(exchange.group, _digest(params), exchange.device)
+                # What algorithms ask of x is which rows are equal; the digests say that.
+                rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
+        for algorithm in algorithms:
+            algorithm.check(self.topology, rows)
+
+    def _broadcast(self, params: Sequence[Tensor]) -> None:
+        exchange = self.exchange
+        if exchange is None or exchange.size == 1:
+            return
+        source = 0 if exchange.group is None else dist.get_global_rank(exchange.group, 0)
+        with torch.no_grad():
+            for p in params:
+                if p.numel() == 0:
+                    continue
+                # As bytes: not every backend knows every dtype.
+                value = p.detach().contiguous().clone().view(-1).view(torch.uint8).to(exchange.device)
+                dist.broadcast(value, source, group=exchange.group)
+                p.copy_(value.to(p.device).view(p.dtype).view(p.shape))
+
+    def step(self, works: Sequence[Work]) -> None:
+        """One step of all buffers."""
+        for work in works:
+            if work.fresh:
+                self._engine.start_state(work.algorithm, work.vectors)
+                work.clock.scalars = work.algorithm.initial_scalars(self.num_workers)
+        self._engine.begin_step(self._number)
+        for work in works:
+            self._engine.run(work.algorithm, work.vectors, work.lr, work.clock)
+        self._number += 1
+
+    def clip(self, gradients: Sequence[Tensor]) -> None:
+        """Scale this worker's gradient, [1, D] in each buffer, to the norm that the options allow."""
+        if self.options.clip_grad_norm is None or not gradients:
+            return
+        squares = torch.stack([ops.squared_norms(g)[0] for g in gradients])
+        total = squares[0]
+        for square in squares[1:]:
+            total = total + square
+        factor = float((self.options.clip_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0))
+        if not factor >= 1.0:  # NaN scales too
+            for g in gradients:
+                g.mul_(factor)
+
+    def nonfinite(self, gradients: Sequence[Tensor]) -> list[int]:
+        """The workers whose gradients hold an infinity or NaN, the same list on every worker; a collective."""
+        finite = all(bool(ops.rows_are_finite(g).all()) for g in gradients)
+        if self.exchange is None:
+            return [] if finite else [0]
+        mine = torch.tensor([int(not finite)], dtype=torch.int64, device=self.exchange.device)
+        flags = [torch.empty_like(mine) for _ in range(self.num_workers)]
+        dist.all_gather(flags, mine, group=self.exchange.group)
+        return [rank for rank, flag in enumerate(flags) if int(flag)]
+
+
+def _digest(params: Sequence[Tensor]) -> str:
+    sha = hashlib.sha256()
+    for p in params:
+        if p.numel():
+            sha.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

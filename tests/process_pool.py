@@ -1,0 +1,113 @@
+"""Processes that tests run functions in, as the workers of a process group; started once, used by many tests.
+
+Importing torch takes seconds, so one set of processes serves a whole test module. A call that does not come back in
+time is a hang: the processes are killed and the test fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GROUP_TIMEOUT = 30.0  # seconds after which a collective gives up
+
+
+@contextlib.contextmanager
+def process_group(rank: int, size: int, store: str) -> Iterator[None]:
+    """The default process group over loopback; a file for a store, so that no two tests compete for a port."""
+    timeout = datetime.timedelta(seconds=GROUP_TIMEOUT)
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, rank, size, store, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            with process_group(rank, size, store):
+                answer = (True, function(rank, *arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+
+
+class ProcessPool:
+    """``size`` processes; a context manager."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._members: list[tuple[Any, Connection]] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self.size - len(self._members)):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, ours))
+
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, limit: float = 90.0) -> list[Any]:
+        """Run ``function(rank, *arguments)`` in ``size`` processes that are a process group; the results by rank.
+
+        Raises:
+            AssertionError: if one raises, dies or has not finished after ``limit`` seconds.
+        """
+        self._start()
+        members = self._members[:size]
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank, (_, connection) in enumerate(members):
+                connection.send((function, rank, size, store, arguments))
+            results: dict[int, tuple[bool, Any]] = {}
+            end = time.monotonic() + limit
+            while len(results) < size:
+                waiting = {connection: rank for rank, (_, connection) in enumerate(members) if rank not in results}
+                ready = wait(list(waiting), max(0.0, end - time.monotonic()))
+                if not ready:
+                    self.close()
+                    raise AssertionError(
+                        f"ranks {sorted(waiting.values())} have not finished after {limit:g} s: a hang"
+                    )
+                for connection in ready:
+                    rank = waiting[connection]
+                    try:
+                        results[rank] = connection.recv()
+                    except EOFError:
+                        self.close()
+                        raise AssertionError(f"rank {rank} died") from None
+        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in sorted(results.items()) if not good]
+        assert not failed, "\n".join(failed)
+        return [results[rank][1] for rank in range(size)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, connection in self._members:
+            connection.close()
+            process.kill()
+            process.join()
+        self._members = []
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,88 @@
+"""``python benchmarks/wan``: try methods over slow, far links between hosts that are network namespaces.
+
+See README.md beside this file. Everything runs in a sandbox (wan_sandbox.py) that the kernel removes at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import wan_sandbox
+from wan_bed import Bed, Network
+from wan_methods import DEFAULT, METHODS
+from wan_probe import probe
+from wan_table import cases, compare, markdown, put_between_marks
+
+_SKIPPED = 77  # what automake and meson call skipped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python benchmarks/wan", description=__doc__.splitlines()[0])
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds after which everything is stopped")
+    commands = parser.add_subparsers(dest="what", required=True)
+    links = commands.add_parser("links", help="measure bandwidth and delay of the links against their nominal values")
+    links.add_argument("--hosts", type=int, default=4)
+    links.add_argument("--mbit", type=float, default=100.0, help="of each host's link, each way")
+    links.add_argument("--delay-ms", type=float, default=1.0, help="one way between two hosts")
+    links.add_argument("--slow-host", type=int, help="a host with a tenth of the bandwidth")
+    table = commands.add_parser("compare", help="compare methods over several links; prints a Markdown table")
+    table.add_argument("--hosts", type=int, nargs="+", default=[4, 8])
+    table.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT))
+    table.add_argument("--seconds", type=float, default=10.0, help="of training, of each method over each link")
+    table.add_argument("--width", type=int, default=640, help="of the two hidden layers of the model")
+    table.add_argument("--short", action="store_true", help="only 100 Mbit/s and 1 ms")
+    table.add_argument("--json", help="file for the results")
+    table.add_argument("--readme", help="file that gets the table between its marks")
+    given = parser.parse_args()
+    if wan_sandbox.INSIDE not in os.environ:
+        reason = wan_sandbox.why_not()
+        if reason is not None:
+            print(f"wan: skipped: {reason}", file=sys.stderr)
+            return _SKIPPED
+        return wan_sandbox.run_inside(
+            [sys.executable, str(Path(__file__).resolve().parent), *sys.argv[1:]], given.timeout
+        )
+    try:
+        if given.what == "links":
+            _links(given)
+        else:
+            _compare(given)
+    except ValueError as error:
+        print(f"wan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _links(given: argparse.Namespace) -> None:
+    network = Network(given.hosts, given.mbit * 1e6, given.delay_ms / 1e3, given.slow_host)
+    with Bed(network) as bed:
+        print(f"delay by {bed.delay_by}", flush=True)
+        for host in range(given.hosts):
+            other = (host + 1) % given.hosts
+            rate, delay = probe(bed, host, other)
+            nominal = min(network.rate_of(host), network.rate_of(other))
+            print(
+                f"host {host} to {other}: {rate / 1e6:.1f} Mbit/s of {nominal / 1e6:g}, "
+                f"{delay * 1e3:.2f} ms of {network.delay * 1e3:g}"
+            )
+
+
+def _compare(given: argparse.Namespace) -> None:
+    results = []
+    for network in cases(given.hosts, given.short):
+        results += compare(network, given.methods, given.seconds, given.width)
+        print(markdown(results[-len(given.methods) :]), file=sys.stderr, flush=True)
+    if given.json:
+        Path(given.json).write_text(json.dumps(results, indent=1) + "\n")
+    table = markdown(results)
+    print(table)
+    if given.readme:
+        put_between_marks(Path(given.readme), table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

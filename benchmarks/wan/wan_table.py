@@ -1,0 +1,95 @@
+"""The comparison of the WAN test bed: which links, and the Markdown table of the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wan_bed import Bed, Network
+from wan_methods import METHODS
+
+__all__ = ["cases", "compare", "markdown", "put_between_marks"]
+
+_BEGIN, _END = "<!-- wan table -->", "<!-- end -->"
+_BASELINE = "ddp"
+
+Result = dict[str, Any]
+
+
+def cases(hosts: Sequence[int], short: bool) -> list[Network]:
+    """The links: 1 Gbit/s and 100 Mbit/s, 1 ms and 50 ms, and one host's link ten times slower."""
+    if short:
+        return [Network(n, 100e6, 0.001) for n in hosts]
+    return [
+        network
+        for n in hosts
+        for network in (
+            *(Network(n, rate, delay) for rate in (1e9, 100e6) for delay in (0.001, 0.05)),
+            Network(n, 100e6, 0.001, slow_host=n - 1),
+        )
+    ]
+
+
+def compare(network: Network, methods: Sequence[str], seconds: float, width: int) -> list[Result]:
+    """Run the methods over one network.
+
+    Args:
+        methods: names of METHODS.
+        seconds: of training, of each.
+        width: of the model's hidden layers.
+
+    Returns:
+        For each method what the workers found, and the network.
+    """
+    worker = [sys.executable, str(Path(__file__).with_name("wan_worker.py")), "--seconds", str(seconds)]
+    worker += ["--width", str(width), "--hosts", str(network.hosts), "--methods", *methods]
+    with Bed(network) as bed:
+        limit = 120 + len(methods) * (60 + 4 * seconds)
+        outputs = bed.run(lambda host: [*worker, "--rank", str(host)], limit)
+        delay_by = bed.delay_by
+    link = f"{network.rate / 1e6:g} Mbit/s, {network.delay * 1e3:g} ms"
+    if network.slow_host is not None:
+        link += ", one host a tenth"
+    about = {"hosts": network.hosts, "link": link, "delay_by": delay_by, "budget": seconds}
+    return [{**about, **result} for result in json.loads(outputs[0])]
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The table, with the speed of each method relative to all-reduce over the same network."""
+    base = {(r["hosts"], r["link"]): r["seconds"] for r in results if r["method"] == _BASELINE}
+    lines = [
+        "| hosts | link of each host, delay | method | ms a step | steps a second, over DDP | MB a step and host | "
+        "accuracy (steps) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        reference = base.get((r["hosts"], r["link"]))
+        factor = f"{reference / r['seconds']:.2f}" if reference else ""
+        lines.append(
+            f"| {r['hosts']} | {r['link']} | {METHODS[r['method']][0]} | {r['seconds'] * 1e3:.0f} | {factor} | "
+            f"{r['bytes_mean'] / 1e6:.2f} | {r['accuracy']:.1%} ({r['steps']}) |"
+        )
+    ways = sorted({r["delay_by"] for r in results})
+    sizes = sorted({r["parameters"] for r in results})
+    lines += [
+        "",
+        f"Delay (one way) by {', '.join(ways)}; model of {', '.join(f'{size:,}' for size in sizes)} parameters; "
+        f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each.",
+    ]
+    return "\n".join(lines)
+
+
+def put_between_marks(path: Path, table: str) -> None:
+    """Replace what stands between the marks of the WAN table in a file.
+
+    Raises:
+        ValueError: if the file lacks the marks.
+    """
+    before, begin, rest = path.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{path} lacks {_BEGIN} or {_END} after it")
+    path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}")

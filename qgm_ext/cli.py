@@ -1,4 +1,4 @@
-"""The command line: ``qgm train | topology | algorithms | bench | doctor``.
+"""The command line: ``qgm train | compare | topology | algorithms | bench | doctor``.
 
 It reads words, calls :mod:`qgm_ext.experiments` and shows what comes back; nothing is computed here. A user's mistake
 is one line on stderr and exit code 2; what goes wrong later, in the middle of a run, is exit code 1; ctrl-C is 130.
@@ -11,10 +11,8 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 try:
@@ -30,8 +28,17 @@ except ModuleNotFoundError as error:
 import torch
 
 import qgm_ext
-from qgm_ext import algorithms, data, models
+from qgm_ext import algorithms, cli_compare, data, models
 from qgm_ext import topology as topologies
+from qgm_ext.cli_support import (
+    EXIT_FAILED,
+    Stop,
+    fail,
+    make_console,
+    option,
+    stop_on_signal,
+    user_errors,
+)
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import doctor as medicine
@@ -51,15 +58,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_EXIT_FAILED, _EXIT_USAGE = 1, 2
 _LARGEST_PRINTED_MATRIX = 12
 _SHOWN_WORKERS = 32
-_PIPE_WIDTH = 110
-
-
-def _console() -> Console:
-    """The terminal as wide as it is; in a pipe, wide enough for our tables."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
 
 
 def main() -> None:
@@ -87,59 +87,53 @@ def _root(
 _WHAT, _HOW, _LENGTH, _MACHINE, _FILES = "What to train", "Optimizer", "Length", "Machine", "Files"
 
 
-def _option(panel: str | None, text: str, default: str | None = None, *names: str, **more: Any) -> Any:
-    """An option whose default is filled in later, by TrainConfig, and so can only be told in words."""
-    shown = f"{text} [dim]\\[default: {default}][/dim]" if default else text
-    return typer.Option(*names, help=shown, rich_help_panel=panel, show_default=False, **more)
-
-
 @app.command()
 def train(
-    algorithm: Annotated[str | None, _option(_WHAT, "One of `qgm algorithms`.", "qg_dsgdm_n")] = None,
-    topology: Annotated[str | None, _option(_WHAT, f"{', '.join(topologies.names())}.", "ring")] = None,
-    workers: Annotated[int | None, _option(_WHAT, "Number of workers.", "16", "--workers", "-n")] = None,
-    data: Annotated[str | None, _option(_WHAT, f"{', '.join(data.names())}.", "digits")] = None,
-    data_root: Annotated[str | None, _option(_WHAT, "Folder of the data set's files.", "the usual places")] = None,
-    num_train: Annotated[int | None, _option(_WHAT, "Use so many training images.", "all")] = None,
+    algorithm: Annotated[str | None, option(_WHAT, "One of `qgm algorithms`.", "qg_dsgdm_n")] = None,
+    topology: Annotated[str | None, option(_WHAT, f"{', '.join(topologies.names())}.", "ring")] = None,
+    workers: Annotated[int | None, option(_WHAT, "Number of workers.", "16", "--workers", "-n")] = None,
+    data: Annotated[str | None, option(_WHAT, f"{', '.join(data.names())}.", "digits")] = None,
+    data_root: Annotated[str | None, option(_WHAT, "Folder of the data set's files.", "the usual places")] = None,
+    num_train: Annotated[int | None, option(_WHAT, "Use so many training images.", "all")] = None,
     validation: Annotated[
-        float | None, _option(_WHAT, "Share of the training set held out and evaluated as well.", "0")
+        float | None, option(_WHAT, "Share of the training set held out and evaluated as well.", "0")
     ] = None,
-    partition: Annotated[str | None, _option(_WHAT, f"{', '.join(configs.PARTITIONS)}.", "dirichlet")] = None,
+    partition: Annotated[str | None, option(_WHAT, f"{', '.join(configs.PARTITIONS)}.", "dirichlet")] = None,
     alpha: Annotated[
-        float | None, _option(_WHAT, "Heterogeneity of the Dirichlet partition; small is heterogeneous.", "0.1")
+        float | None, option(_WHAT, "Heterogeneity of the Dirichlet partition; small is heterogeneous.", "0.1")
     ] = None,
-    model: Annotated[str | None, _option(_WHAT, f"{', '.join(models.names())}.", "mlp")] = None,
-    batch: Annotated[int | None, _option(_WHAT, "Samples per worker and step.", "16")] = None,
-    seed: Annotated[int | None, _option(_WHAT, "Of model, partition and batches.", "0")] = None,
-    lr: Annotated[float | None, _option(_HOW, "Peak step size.", "0.1, or the algorithm's own")] = None,
-    momentum: Annotated[float | None, _option(_HOW, "Beta, in [0, 1).", "the algorithm's")] = None,
-    qg_momentum: Annotated[float | None, _option(_HOW, "Mu of quasi-global momentum.", "the algorithm's")] = None,
-    weight_decay: Annotated[float | None, _option(_HOW, "Lambda.", "the algorithm's")] = None,
-    local_step: Annotated[int | None, _option(_HOW, "Steps averaged by quasi-global momentum.", "1")] = None,
+    model: Annotated[str | None, option(_WHAT, f"{', '.join(models.names())}.", "mlp")] = None,
+    batch: Annotated[int | None, option(_WHAT, "Samples per worker and step.", "16")] = None,
+    seed: Annotated[int | None, option(_WHAT, "Of model, partition and batches.", "0")] = None,
+    lr: Annotated[float | None, option(_HOW, "Peak step size.", "0.1, or the algorithm's own")] = None,
+    momentum: Annotated[float | None, option(_HOW, "Beta, in [0, 1).", "the algorithm's")] = None,
+    qg_momentum: Annotated[float | None, option(_HOW, "Mu of quasi-global momentum.", "the algorithm's")] = None,
+    weight_decay: Annotated[float | None, option(_HOW, "Lambda.", "the algorithm's")] = None,
+    local_step: Annotated[int | None, option(_HOW, "Steps averaged by quasi-global momentum.", "1")] = None,
     hyper: Annotated[
         list[str] | None,
-        _option(_HOW, "Any other hyper-parameter of the algorithm; may be repeated.", metavar="NAME=VALUE"),
+        option(_HOW, "Any other hyper-parameter of the algorithm; may be repeated.", metavar="NAME=VALUE"),
     ] = None,
-    schedule: Annotated[str | None, _option(_HOW, f"{', '.join(schedules.names())}.", "constant")] = None,
-    warmup_epochs: Annotated[float | None, _option(_HOW, "Linear warm-up, per iteration.", "0")] = None,
-    warmup_from: Annotated[float | None, _option(_HOW, "Step size at its start.", "lr / 10")] = None,
-    clip: Annotated[float | None, _option(_HOW, "Clip each worker's gradient to this norm.", "off")] = None,
+    schedule: Annotated[str | None, option(_HOW, f"{', '.join(schedules.names())}.", "constant")] = None,
+    warmup_epochs: Annotated[float | None, option(_HOW, "Linear warm-up, per iteration.", "0")] = None,
+    warmup_from: Annotated[float | None, option(_HOW, "Step size at its start.", "lr / 10")] = None,
+    clip: Annotated[float | None, option(_HOW, "Clip each worker's gradient to this norm.", "off")] = None,
     on_nonfinite: Annotated[
-        str | None, _option(_HOW, f"Infinite or NaN gradient: {', '.join(configs.ON_NONFINITE)}.", "raise")
+        str | None, option(_HOW, f"Infinite or NaN gradient: {', '.join(configs.ON_NONFINITE)}.", "raise")
     ] = None,
-    epochs: Annotated[int | None, _option(_LENGTH, "Length in epochs.", "100")] = None,
-    steps: Annotated[int | None, _option(_LENGTH, "Length in steps, instead of epochs.")] = None,
-    eval_every: Annotated[int | None, _option(_LENGTH, "Epochs between evaluations.", "1/20 of the run")] = None,
-    dtype: Annotated[str | None, _option(_MACHINE, f"{', '.join(configs.DTYPES)}.", "float32")] = None,
-    device: Annotated[str | None, _option(_MACHINE, "cpu, cuda or cuda:i.", "cpu")] = None,
+    epochs: Annotated[int | None, option(_LENGTH, "Length in epochs.", "100")] = None,
+    steps: Annotated[int | None, option(_LENGTH, "Length in steps, instead of epochs.")] = None,
+    eval_every: Annotated[int | None, option(_LENGTH, "Epochs between evaluations.", "1/20 of the run")] = None,
+    dtype: Annotated[str | None, option(_MACHINE, f"{', '.join(configs.DTYPES)}.", "float32")] = None,
+    device: Annotated[str | None, option(_MACHINE, "cpu, cuda or cuda:i.", "cpu")] = None,
     engine: Annotated[
-        str | None, _option(_MACHINE, f"Gradients: {', '.join(configs.ENGINES)}.", "threads, cuda: vmap")
+        str | None, option(_MACHINE, f"Gradients: {', '.join(configs.ENGINES)}.", "threads, cuda: vmap")
     ] = None,
-    threads: Annotated[int | None, _option(_MACHINE, "CPU threads.", "as torch has it")] = None,
-    out: Annotated[Path | None, _option(_FILES, "Folder for the run's files, empty or new.", "no files")] = None,
-    resume: Annotated[Path | None, _option(_FILES, "Continue the run in this folder.")] = None,
-    tensorboard: Annotated[bool, _option(_FILES, "Write TensorBoard events, too.", None, "--tensorboard")] = False,
-    checkpoint_seconds: Annotated[float, _option(_FILES, "Seconds between checkpoints.", "5")] = 5.0,
+    threads: Annotated[int | None, option(_MACHINE, "CPU threads.", "as torch has it")] = None,
+    out: Annotated[Path | None, option(_FILES, "Folder for the run's files, empty or new.", "no files")] = None,
+    resume: Annotated[Path | None, option(_FILES, "Continue the run in this folder.")] = None,
+    tensorboard: Annotated[bool, option(_FILES, "Write TensorBoard events, too.", None, "--tensorboard")] = False,
+    checkpoint_seconds: Annotated[float, option(_FILES, "Seconds between checkpoints.", "5")] = 5.0,
 ) -> None:
     """Train n workers on one machine and show how good their models are.
 
@@ -155,9 +149,9 @@ def train(
         for name in ("momentum", "qg_momentum", "weight_decay", "local_step")
         if arguments[name] is not None
     }
-    console = _console()
+    console = make_console()
     with contextlib.ExitStack() as stack:
-        with _user_errors():
+        with user_errors():
             if resume is not None:
                 if out is not None:
                     raise ValueError("give --out for a new run or --resume for an old one, not both")
@@ -176,7 +170,7 @@ def train(
                 training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
             stack.enter_context(training)
         folder = out or resume
-        with _run_errors(folder), _stop_on_signal() as stop:
+        with _run_errors(folder), stop_on_signal() as stop:
             _announce(console, training)
             result = _run(console, training, stop)
         if not result.finished:
@@ -195,40 +189,6 @@ def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:
             raise ValueError(f"--hyper must be NAME=VALUE, got {text!r}")
         found[name.strip().replace("-", "_")] = configs.parse_hyper(algorithm, name.strip().replace("-", "_"), value)
     return found
-
-
-class _Stop:
-    """Whether the user or the system has asked to stop, and how."""
-
-    def __init__(self) -> None:
-        self.signals: list[int] = []
-
-    def __call__(self) -> bool:
-        return bool(self.signals)
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Let ctrl-C and SIGTERM end the run between two steps; a second ctrl-C ends it at once.
-
-    A KeyboardInterrupt could come in the middle of a step and leave parameters that no uninterrupted run has.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.signals:
-            raise KeyboardInterrupt
-        stop.signals.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _announce(console: Console, training: Training) -> None:
@@ -283,7 +243,7 @@ def _progress_text(record: Record, training: Training) -> str:
     return f"step {record['step']}/{training.num_steps}, epoch {record['epoch']:g}{loss}, {_accuracy_text(record)}"
 
 
-def _say_interrupted(training: Training, folder: Path | None, stop: _Stop) -> None:
+def _say_interrupted(training: Training, folder: Path | None, stop: Stop) -> None:
     name = signal.Signals(stop.signals[0]).name
     if folder is None:
         typer.echo(f"qgm: stopped by {name} at step {training.step}; without --out nothing was kept", err=True)
@@ -322,13 +282,14 @@ def _show_result(console: Console, result: Result) -> None:
 @app.command()
 def topology(
     name: Annotated[str, typer.Argument(help=f"{', '.join(topologies.names())}.", show_default=False)],
-    workers: Annotated[int | None, _option(None, "Number of workers.", "16, social 32", "--workers", "-n")] = None,
+    workers: Annotated[int | None, option(None, "Number of workers.", "16, social 32", "--workers", "-n")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the graph into this file.", show_default=False)] = None,
 ) -> None:
     """Show a topology: degree, spectral gap, eigenvalues, weights and period; draw it with --png."""
-    console = _console()
-    with _user_errors():
-        configs.check_name("topology", configs.canonical_topology(name), topologies.names())
+    console = make_console()
+    with user_errors():
+        base = configs.canonical_topology(name).removeprefix(topologies.TREE_PREFIX)
+        configs.check_name("topology", base, topologies.names())
         made = topologies.get(name, configs.default_workers(name) if workers is None else workers)
         facts = made.describe()
         if png is not None:
@@ -387,7 +348,7 @@ def list_algorithms() -> None:
             for field in dataclasses.fields(cls)
         ]
         table.add_row(name, str(cls.messages), _state_text(cls), "\n".join(hyper), cls.source)
-    _console().print(table)
+    make_console().print(table)
 
 
 def _state_text(cls: type[algorithms.Algorithm]) -> str:
@@ -410,7 +371,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="How long to measure each size.")] = 1.0,
 ) -> None:
     """Time the fused step on this machine against plain PyTorch and against copying the same bytes."""
-    with _user_errors():
+    with user_errors():
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         sizes = [_parse_size(text) for text in size] if size else list(benchmark.DEFAULT_SIZES)
@@ -440,7 +401,7 @@ def bench(
                 )
         finally:
             torch.set_num_threads(before)
-    _console().print(table)
+    make_console().print(table)
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -453,7 +414,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 @app.command()
 def doctor() -> None:
     """Check this installation: versions, native modules, threads, devices and a short self-check."""
-    console = _console()
+    console = make_console()
     wrong = 0
     for finding in medicine.examine():
         mark = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}[finding.verdict]
@@ -461,21 +422,10 @@ def doctor() -> None:
         wrong += finding.verdict == "wrong"
     if wrong:
         typer.echo(f"qgm: {wrong} problem{'s' if wrong > 1 else ''} found", err=True)
-        raise typer.Exit(_EXIT_FAILED)
+        raise typer.Exit(EXIT_FAILED)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn what the library raises on wrong input into one line on stderr."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _fail(str(error), _EXIT_USAGE)
-    except KeyboardInterrupt:
-        _fail("stopped", 128 + signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -484,14 +434,12 @@ def _run_errors(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except NonFiniteGradientError as error:
-        _fail(f"{error}; a smaller --lr or --clip may help", _EXIT_FAILED)
+        fail(f"{error}; a smaller --lr or --clip may help", EXIT_FAILED)
     except OSError as error:
         hint = "" if folder is None else f"; when that is put right, continue with: qgm train --resume {folder}"
-        _fail(f"{error}{hint}", _EXIT_FAILED)
+        fail(f"{error}{hint}", EXIT_FAILED)
     except KeyboardInterrupt:
-        _fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)
+        fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)
 
 
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"qgm: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code)
+app.command()(cli_compare.compare)

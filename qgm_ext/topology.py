@@ -53,6 +53,9 @@ __all__ = [
 # above, and is refused, because the mean of the workers would drift by that much in every step.
 _SUM_TOLERANCE = 1e-9
 
+# What turns the name of a topology into that of its spanning tree.
+TREE_PREFIX = "spanning_tree_of_"
+
 
 # Constructors ---------------------------------------------------------------------------------------------------------
 
@@ -397,7 +400,7 @@ _NAMED: dict[str, Callable[..., Topology]] = {
 
 
 def names() -> list[str]:
-    """Return the names that :func:`get` takes, sorted."""
+    """Return the names that :func:`get` takes, sorted; it also takes ``spanning_tree_of_NAME``."""
     return sorted(_NAMED)
 
 
@@ -405,7 +408,7 @@ def get(name: str, n: SupportsIndex | None = None, **arguments: Any) -> Topology
     """Return a topology by name, as the command line does; ``-`` and ``_`` are the same.
 
     Args:
-        name: one of :func:`names`.
+        name: one of :func:`names`, or "spanning_tree_of_" and one of them: its :func:`spanning_tree`.
         n: number of workers; may be left out for "social".
         arguments: passed on, e.g. ``p`` and ``seed`` for "erdos_renyi".
     Raises:
@@ -418,6 +421,8 @@ def get(name: str, n: SupportsIndex | None = None, **arguments: Any) -> Topology
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     key = name.strip().lower().replace("-", "_")
+    if key.startswith(TREE_PREFIX):
+        return spanning_tree(get(key.removeprefix(TREE_PREFIX), n, **arguments))
     if key not in _NAMED:
         near = difflib.get_close_matches(key, _NAMED, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""

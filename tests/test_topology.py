@@ -554,6 +554,13 @@ def test_fingerprint_is_the_same_everywhere() -> None:
 # Names --------------------------------------------------------------------------------------------------------------
 
 
+def test_get_takes_the_spanning_tree_of_a_named_topology() -> None:
+    assert topology.get("spanning-tree-of-ring", 5) == topology.spanning_tree(topology.ring(5))
+    assert topology.get("spanning_tree_of_social") == topology.spanning_tree(topology.social())
+    with pytest.raises(ValueError, match="did you mean 'ring'"):
+        topology.get("spanning_tree_of_rnig", 5)
+
+
 def test_names_and_get() -> None:
     assert topology.names() == sorted(topology.names())
     assert {"ring", "social", "complete", "torus", "star", "chain", "exponential"} <= set(topology.names())

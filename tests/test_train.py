@@ -32,7 +32,14 @@ def small(**changes):
 
 
 def without_times(record):
-    times = {"seconds", "worker_steps_per_second", "share_gradient", "share_optimizer", "share_evaluation"}
+    times = {
+        "seconds",
+        "seconds_training",
+        "worker_steps_per_second",
+        "share_gradient",
+        "share_optimizer",
+        "share_evaluation",
+    }
     return {key: value for key, value in record.items() if key not in times}
 
 
@@ -396,7 +403,9 @@ def test_files_of_a_run(tmp_path):
         "accuracy_average",
         "consensus_distance",
         "lr",
+        "bytes_sent",
         "seconds",
+        "seconds_training",
     }
     summary = json.loads((out / "summary.json").read_text())
     assert summary.items() >= result.summary.items()

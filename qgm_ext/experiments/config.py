@@ -168,6 +168,7 @@ class TrainConfig:
             if name == "topology":
                 value = canonical_topology(value)
                 object.__setattr__(self, name, value)
+                value = value.removeprefix(topology.TREE_PREFIX)
             check_name(name, value, known)
 
     def _complete_hyper(self) -> dict[str, Any]:
@@ -311,5 +312,6 @@ def canonical_topology(name: str) -> str:
 
 def default_workers(name: str) -> int:
     """How many workers a known topology has if nobody says: its own number, where there is only one."""
-    own = inspect.signature(getattr(topology, canonical_topology(name))).parameters["n"].default
+    known = canonical_topology(name).removeprefix(topology.TREE_PREFIX)
+    own = inspect.signature(getattr(topology, known)).parameters["n"].default
     return _DEFAULT_WORKERS if own is inspect.Parameter.empty else int(own)

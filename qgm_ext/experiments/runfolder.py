@@ -19,12 +19,26 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["CHECKPOINT", "CONFIG", "CURVES", "METRICS", "PARTITION", "SUMMARY", "RunFolder", "write_atomically"]
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "CURVES",
+    "DIVERGED",
+    "METRICS",
+    "PARTITION",
+    "SUMMARY",
+    "RunFolder",
+    "check_empty",
+    "json_text",
+    "lock_folder",
+    "write_atomically",
+]
 
 CONFIG = "config.json"
 PARTITION = "partition.npz"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+DIVERGED = "diverged.json"  # in place of a summary, where a comparison takes divergence for a result
 CURVES = "learning_curves.png"
 CHECKPOINT = "checkpoint.pt"
 _LOCK = ".lock"
@@ -74,14 +88,14 @@ class RunFolder:
             ValueError: if it is not empty, can't be written to, or is in use.
         """
         folder = Path(path)
-        _check_empty(folder)  # before anything is written into a folder that is not ours
+        check_empty(folder)  # before anything is written into a folder that is not ours
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            run = cls(folder, _lock(folder))
+            run = cls(folder, lock_folder(folder))
         except OSError as error:
             raise ValueError(f"out folder {folder} can't be written to: {error.strerror or error}") from error
         try:
-            _check_empty(folder)  # again: another run may have come first
+            check_empty(folder)  # again: another run may have come first
             run._remove_leftovers()
         except BaseException:
             run.close()
@@ -99,7 +113,7 @@ class RunFolder:
         if not (folder / CONFIG).is_file():
             raise ValueError(f"there is no run to resume in {folder}: it holds no {CONFIG}; start one with --out")
         try:
-            run = cls(folder, _lock(folder))
+            run = cls(folder, lock_folder(folder))
         except OSError as error:
             raise ValueError(f"run folder {folder} can't be written to: {error.strerror or error}") from error
         run._remove_leftovers()
@@ -115,7 +129,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file atomically; infinities and NaN become null."""
-        self.write_text(name, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json_text(content))
 
     def start_metrics(self, records: Iterable[Record]) -> None:
         """Make metrics.jsonl hold exactly these records: none in a new run, those of the checkpoint in a resumed one.
@@ -191,6 +205,11 @@ class RunFolder:
         self.close()
 
 
+def json_text(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file; infinities and NaN become null."""
+    return json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n"
+
+
 def _line(record: Record) -> bytes:
     return (json.dumps(_jsonable(record), allow_nan=False) + "\n").encode()
 
@@ -203,8 +222,8 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_empty(folder: Path) -> None:
-    """Raise ValueError if the folder holds anything but what a run leaves that was killed before its config.json."""
+def check_empty(folder: Path) -> None:
+    """Raise ValueError if a folder holds anything but what is left by a run that was killed before its first file."""
     if not os.path.lexists(folder):
         return
     try:
@@ -217,15 +236,21 @@ def _check_empty(folder: Path) -> None:
         raise ValueError(f"out folder {folder} is not empty, it holds {foreign[0]}{hint}")
 
 
-def _lock(folder: Path) -> int:
-    """Lock the folder and return the open lock file; the system gives the lock up when the process ends."""
+def lock_folder(folder: Path, what: str = "run") -> int:
+    """Lock the folder for one ``what`` and return the open lock file; its end, or the process's, gives the lock up.
+
+    Raises:
+        ValueError: if it is in use.
+    """
     lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.read(lock, 32).decode(errors="replace").strip()
         os.close(lock)
-        raise ValueError(f"folder {folder} is in use by another run{f' (process {owner})' if owner else ''}") from None
+        raise ValueError(
+            f"folder {folder} is in use by another {what}{f' (process {owner})' if owner else ''}"
+        ) from None
     except BaseException:
         os.close(lock)
         raise

@@ -49,7 +49,8 @@ class Result:
         config: complete, with every default filled in.
         metrics: one record for each evaluation: step, epoch, loss (mean over workers and steps since the last one),
             accuracy_local_mean, accuracy_local_min, accuracy_local_max, accuracy_average (on the test set),
-            consensus_distance, lr, seconds; with a validation set also validation_accuracy_local_mean,
+            consensus_distance, lr, bytes_sent (by all workers together), seconds and seconds_training (evaluations
+            left out); with a validation set also validation_accuracy_local_mean,
             validation_accuracy_average and validation_loss_local_mean.
         summary: the last of them, and speed and shares of time.
         simulator: the trained workers; ``simulator.average_model()`` is the model to use.
@@ -246,6 +247,11 @@ class Training:
         self._rng: dict[str, Tensor] | None = None
         self.notes: list[str] = []
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which the smallest worker sees its samples once."""
+        return self._batches.steps_per_epoch
+
     def run(
         self,
         *,
@@ -330,6 +336,7 @@ class Training:
     def _evaluate(self, seconds: float) -> Record:
         # A small model is faster on one thread, and on a busy machine very much so: a second one is waited for.
         work = self._sim.num_parameters * len(self._test[1])
+        evaluating = self._times()["evaluation"]
         extra: Record = {}
         with _threads(self.config.threads if work >= _LARGE_EVALUATION else 1):
             found = self._sim.evaluate(*self._test)
@@ -351,7 +358,9 @@ class Training:
             **extra,
             "consensus_distance": found.consensus_distance,
             "lr": self._schedule.at(max(self.step - 1, 0)),
+            "bytes_sent": self._sim.opt.bytes_sent,
             "seconds": round(seconds, 3),
+            "seconds_training": round(seconds - evaluating, 3),
         }
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64, device=self._device), 0
         self._metrics.append(record)
@@ -361,7 +370,7 @@ class Training:
         spent = self._times()
         total = max(spent["total"], 1e-9)
         training = max(total - spent["evaluation"], 1e-9)
-        summary = {key: value for key, value in self._metrics[-1].items() if key != "seconds"}
+        summary = {key: value for key, value in self._metrics[-1].items() if not key.startswith("seconds")}
         summary |= {
             "best_accuracy_local_mean": max(record["accuracy_local_mean"] for record in self._metrics),
             "num_parameters": self._sim.num_parameters,

@@ -1,0 +1,81 @@
+"""What the commands share: the console, options, errors as one line, and signals that stop between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+
+__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Stop", "fail", "make_console", "option", "stop_on_signal", "user_errors"]
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+_PIPE_WIDTH = 110
+
+
+def make_console() -> Console:
+    """The terminal as wide as it is; in a pipe, wide enough for our tables."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
+
+
+def option(panel: str | None, text: str, default: str | None = None, *names: str, **more: Any) -> Any:
+    """An option whose default is filled in later, by TrainConfig, and so can only be told in words."""
+    shown = f"{text} [dim]\\[default: {default}][/dim]" if default else text
+    return typer.Option(*names, help=shown, rich_help_panel=panel, show_default=False, **more)
+
+
+class Stop:
+    """Whether the user or the system has asked to stop, and how."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+
+    def __call__(self) -> bool:
+        return bool(self.signals)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """Let ctrl-C and SIGTERM end the run between two steps; a second ctrl-C ends it at once.
+
+    A KeyboardInterrupt could come in the middle of a step and leave parameters that no uninterrupted run has.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.signals:
+            raise KeyboardInterrupt
+        stop.signals.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what the library raises on wrong input into one line on stderr."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        fail("stopped", 128 + signal.SIGINT)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"qgm: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)

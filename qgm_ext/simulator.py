@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +25,12 @@ from qgm_ext.engines import BufferSnapshot, Closure, Engine, Workers
 from qgm_ext.evaluate import Evaluation, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
 from qgm_ext.stacked import OnNonfinite
+from qgm_ext.timing import Timer, Timings
 from qgm_ext.topology import Topology
 
 __all__ = ["EngineChoice", "Simulator", "Timings"]
 
 EngineChoice = Literal["loop", "threads", "vmap", "auto"]
-
-
-class Timings(NamedTuple):
-    """Seconds spent in the parts of training; clipping counts as gradient. On CUDA by the device's clock."""
-
-    gradient: float
-    optimizer: float
-    evaluation: float
 
 
 class Simulator:
@@ -160,7 +151,7 @@ class Simulator:
                 self._bindings.append((worker, name, owner, leaf, parameter, row, row.data_ptr()))
         self._has_buffers = any(module._buffers for module in base.modules())
         self._engine: Engine | None = None if engine == "auto" else engines.make(engine, self._workers)
-        self._timer = _Timer(x.device)
+        self._timer = Timer(x.device)
         self.engine_seconds: dict[str, float] = {}
         self._graphs: graphs.StepGraphs | None = None
         if runtime is not None:
@@ -487,50 +478,6 @@ class Simulator:
                         raise ValueError(f"{where} are empty, shape {list(tensor.shape)}")
                     raise ValueError(f"{where} are on {tensor.device}, the models on {self.device}")
         return pairs, stacked
-
-
-class _Timer:
-    """Seconds per phase: of the host's clock on the CPU, of events on CUDA, where calls return before work is done."""
-
-    _KEPT = 256  # events not read yet; beyond that the oldest are read, and waited for
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._device = device
-        self._seconds = dict.fromkeys(Timings._fields, 0.0)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block."""
-        if not self._cuda:
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._seconds[name] += time.perf_counter() - start
-            return
-        stream = torch.cuda.current_stream(self._device)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record(stream)
-        try:
-            yield
-        finally:
-            end.record(stream)
-            self._events.append((name, begin, end))
-            if len(self._events) > self._KEPT:
-                self._read(self._KEPT // 2)
-
-    def seconds(self) -> Timings:
-        """The sums."""
-        self._read(len(self._events))
-        return Timings(**self._seconds)
-
-    def _read(self, count: int) -> None:
-        for name, begin, end in self._events[:count]:
-            end.synchronize()
-            self._seconds[name] += begin.elapsed_time(end) / 1e3
-        del self._events[:count]
 
 
 def _checked_norm(clip_grad_norm: float | None) -> float | None:

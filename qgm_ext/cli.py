@@ -1,4 +1,4 @@
-"""The command line: ``qgm train | compare | topology | algorithms | bench | doctor``.
+"""The command line: ``qgm train | compare | report | topology | algorithms | bench | doctor``.
 
 It reads words, calls :mod:`qgm_ext.experiments` and shows what comes back; nothing is computed here. A user's mistake
 is one line on stderr and exit code 2; what goes wrong later, in the middle of a run, is exit code 1; ctrl-C is 130.
@@ -443,3 +443,4 @@ def _run_errors(folder: Path | None) -> Iterator[None]:
 
 
 app.command()(cli_compare.compare)
+app.command()(cli_compare.report)

@@ -21,11 +21,12 @@ from rich.table import Table
 from qgm_ext.cli_support import EXIT_FAILED, fail, make_console, option, stop_on_signal, user_errors
 from qgm_ext.experiments import compare as running
 from qgm_ext.experiments import comparison, tables
+from qgm_ext.experiments import report as reports
 from qgm_ext.experiments import results as outcomes
 from qgm_ext.experiments.comparison import Comparison
 from qgm_ext.experiments.results import Results, Run
 
-__all__ = ["compare"]
+__all__ = ["compare", "report"]
 
 _WHAT, _HOW, _MACHINE, _FILES = "What to compare", "How", "Machine", "Files"
 _TRAIN_WORDS = ("data", "data_root", "num_train", "validation", "epochs", "steps", "batch")
@@ -114,6 +115,16 @@ def compare(
     show(console, outcome.results)
     lines = [f"{time.perf_counter() - begin:.0f} s; runs and {outcomes.CSV} are in {folder}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a comparison, finished or not.", show_default=False)],
+    out: Annotated[Path | None, option(None, "Folder of the page and its PNGs.", "report, in that folder")] = None,
+) -> None:
+    """Write the report of a comparison: one HTML page that needs no network, and its pictures as PNG files."""
+    with user_errors():
+        page = reports.write(folder, out)
+    make_console().print(f"The report is {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _plan(

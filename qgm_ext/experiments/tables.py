@@ -26,10 +26,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One method."""
+    """One method; ``central``: it averages exactly, and stands on top."""
 
     label: str
     cells: tuple[Entry, ...]
+    central: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def make(results: Results) -> list[Table]:
         rows = []
         for method in methods:
             own = {score.cell.alpha: score for score in scores if score.cell.method.label == method.label}
-            rows.append(Row(method.label, tuple(_entry(own[alpha], own[alpha] is best[alpha]) for alpha in alphas)))
+            entries = tuple(_entry(own[alpha], own[alpha] is best[alpha]) for alpha in alphas)
+            rows.append(Row(method.label, entries, comparison.is_centralised(method.algorithm)))
         rows += _only_published(results, model, place, alphas)
         heads = tuple(str(plan.train.get("partition")) if alpha is None else f"alpha = {alpha:g}" for alpha in alphas)
         name, workers = place.split(":")

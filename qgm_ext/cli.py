@@ -1,4 +1,4 @@
-"""The command line: ``qgm train | compare | report | topology | algorithms | bench | doctor``.
+"""The command line: ``qgm train | compare | report | topology | plan | algorithms | bench | doctor``.
 
 It reads words, calls :mod:`qgm_ext.experiments` and shows what comes back; nothing is computed here. A user's mistake
 is one line on stderr and exit code 2; what goes wrong later, in the middle of a run, is exit code 1; ctrl-C is 130.
@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 import torch
 
 import qgm_ext
-from qgm_ext import algorithms, cli_compare, data, models
+from qgm_ext import algorithms, cli_compare, cli_plan, data, models
 from qgm_ext import topology as topologies
 from qgm_ext.cli_support import (
     EXIT_FAILED,
@@ -444,3 +444,4 @@ def _run_errors(folder: Path | None) -> Iterator[None]:
 
 app.command()(cli_compare.compare)
 app.command()(cli_compare.report)
+app.command()(cli_plan.plan)

@@ -45,11 +45,11 @@ def fails(*arguments):
 def test_no_command_and_help_list_the_commands():
     for arguments in ((), ("--help",), ("-h",)):
         _, output = qgm(*arguments)
-        for command in ("train", "topology", "algorithms", "bench", "doctor"):
+        for command in ("train", "topology", "plan", "algorithms", "bench", "doctor"):
             assert re.search(rf"\b{command}\b", output)
 
 
-@pytest.mark.parametrize("command", ["train", "topology", "algorithms", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["train", "topology", "plan", "algorithms", "bench", "doctor"])
 def test_help_of_every_command(command):
     code, output = qgm(command, "--help")
     assert code == 0

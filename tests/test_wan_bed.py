@@ -142,3 +142,18 @@ def test_table_states_speed_relative_to_all_reduce_and_goes_between_its_marks(tm
     page.write_text("nothing")
     with pytest.raises(ValueError, match="lacks"):
         wan_table.put_between_marks(page, table)
+
+
+def test_prediction_takes_the_slowest_link_and_the_gradient_of_a_gossip_method():
+    common = {"hosts": 4, "link": "L", "parameters": 250_000, "slowest_rate": 1e7, "delay": 0.01}
+    results = [
+        {**common, "method": "ddp", "backward_seconds": 9.0},
+        {**common, "method": "ddp_bf16", "backward_seconds": 9.0},
+        {**common, "method": "one_peer", "backward_seconds": 0.5},
+    ]
+    found = {result["method"]: seconds for result, seconds in wan_table.predictions(results)}
+    second = 8 * 1e6 / 1e7 / (1448 / 1514)
+    assert found == {
+        "ddp": pytest.approx(0.5 + 12 * 0.01 + 1.5 * second),
+        "one_peer": pytest.approx(0.5 + 2 * 0.01 + second),
+    }

@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import wan_sandbox
 from wan_bed import Bed, Network
 from wan_methods import DEFAULT, METHODS
 from wan_probe import probe
-from wan_table import cases, compare, markdown, put_between_marks
+from wan_table import cases, compare, markdown, predictions, put_between_marks
 
 _SKIPPED = 77  # what automake and meson call skipped
 
@@ -37,7 +38,11 @@ def main() -> int:
     table.add_argument("--short", action="store_true", help="only 100 Mbit/s and 1 ms")
     table.add_argument("--json", help="file for the results")
     table.add_argument("--readme", help="file that gets the table between its marks")
+    check = commands.add_parser("check", help="compare a table's results with what qgm plan predicts")
+    check.add_argument("json", help="file that compare --json wrote")
     given = parser.parse_args()
+    if given.what == "check":
+        return _check(json.loads(Path(given.json).read_text()))
     if wan_sandbox.INSIDE not in os.environ:
         reason = wan_sandbox.why_not()
         if reason is not None:
@@ -82,6 +87,23 @@ def _compare(given: argparse.Namespace) -> None:
     print(table)
     if given.readme:
         put_between_marks(Path(given.readme), table)
+
+
+def _check(results: list[dict[str, Any]]) -> int:
+    """Print predicted and measured times; 1 if one is off by more than a quarter where the network decides."""
+    wrong = 0
+    for result, predicted in predictions(results):
+        ratio = predicted / result["seconds"]
+        # On a fast link the hosts' shared cores decide, of which the plan knows only the gradient.
+        decides = result["slowest_rate"] <= 100e6
+        off = decides and not 0.75 <= ratio <= 1.25
+        wrong += off
+        print(
+            f"{result['hosts']} hosts, {result['link']}, {result['method']}: predicted {predicted * 1e3:.0f} ms, "
+            f"measured {result['seconds'] * 1e3:.0f} ms, ratio {ratio:.2f}{' OFF' if off else ''}"
+            f"{'' if decides else ' (cores decide)'}"
+        )
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

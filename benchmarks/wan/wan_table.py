@@ -11,10 +11,22 @@ from typing import Any
 from wan_bed import Bed, Network
 from wan_methods import METHODS
 
-__all__ = ["cases", "compare", "markdown", "put_between_marks"]
+from qgm_ext.experiments import plan
+from qgm_ext.experiments.plan import ALL_REDUCE
+
+__all__ = ["cases", "compare", "markdown", "predictions", "put_between_marks"]
 
 _BEGIN, _END = "<!-- wan table -->", "<!-- end -->"
 _BASELINE = "ddp"
+# What `qgm plan` calls the methods that it predicts.
+_PLANNED = {
+    "ddp": (ALL_REDUCE, "float32"),
+    "ring": ("ring", "float32"),
+    "one_peer": ("one_peer_exponential", "float32"),
+    "bare_ring": ("ring", "float32"),
+    "bare_one_peer": ("one_peer_exponential", "float32"),
+    "bare_one_peer_bf16": ("one_peer_exponential", "bfloat16"),
+}
 
 Result = dict[str, Any]
 
@@ -54,6 +66,8 @@ def compare(network: Network, methods: Sequence[str], seconds: float, width: int
     if network.slow_host is not None:
         link += ", one host a tenth"
     about = {"hosts": network.hosts, "link": link, "delay_by": delay_by, "budget": seconds}
+    slowest = min(network.rate_of(host) for host in range(network.hosts))
+    about |= {"slowest_rate": slowest, "delay": network.delay}
     return [{**about, **result} for result in json.loads(outputs[0])]
 
 
@@ -80,6 +94,25 @@ def markdown(results: Sequence[Result]) -> str:
         f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each.",
     ]
     return "\n".join(lines)
+
+
+def predictions(results: Sequence[Result]) -> list[tuple[Result, float]]:
+    """What ``qgm plan`` predicts for the results that it has a model of, in seconds a step.
+
+    The time of a gradient is taken from a gossip method over the same network: DDP's backward waits for messages.
+    """
+    gradient = {
+        (r["hosts"], r["link"]): r["backward_seconds"] for r in results if r["method"] not in ("ddp", "ddp_bf16")
+    }
+    found = []
+    for r in results:
+        place = (r["hosts"], r["link"])
+        if r["method"] not in _PLANNED or place not in gradient:
+            continue
+        network = plan.Network(r["hosts"], r["slowest_rate"], r["delay"], gradient[place])
+        choices = {(c.topology, c.message): c.seconds for c in plan.make(r["parameters"], network).choices}
+        found.append((r, choices[_PLANNED[r["method"]]]))
+    return found
 
 
 def put_between_marks(path: Path, table: str) -> None:

@@ -1,7 +1,7 @@
 // What the Python bindings of all backends share: from integers to arguments, and the checks that keep
 // a wrong call from becoming a wild read. qgm_ext/ops.py, the only caller, has checked all else.
 //
-// A Backend has: registry(), a vector of entries (name, hyper, states, messages, merge_reads_x,
+// A Backend has: registry(), a vector of entries (name, hyper, states, messages, row_scalars, merge_reads_x,
 // merge_reads_grad, and gossip_step, local_step, merge by dtype); the types GossipStep, LocalStep,
 // Merge, derived from the structs of arguments.h; place(arguments, where...), which fills in what the
 // derived type adds; check_mixing(mixing, rows, nnz).
@@ -27,16 +27,6 @@ void expect(const Entry& rule, const char* what, Count expected, size_t got) {
     throw pybind11::value_error("rule " + rule.name + " takes " + std::to_string(expected) + " " + what + ", got " +
                                 std::to_string(got));
   }
-}
-
-// A backend whose entries don't count row scalars has no rule that takes them.
-template <class Entry>
-auto row_scalars_of(const Entry& rule, int) -> decltype(rule.row_scalars) {
-  return rule.row_scalars;
-}
-template <class Entry>
-int row_scalars_of(const Entry&, ...) {
-  return 0;
 }
 
 template <class Backend, class... Where>
@@ -125,7 +115,7 @@ struct Binding {
       d["hyper"] = r.hyper;
       d["states"] = r.states;
       d["messages"] = r.messages;
-      d["row_scalars"] = row_scalars_of(r, 0);
+      d["row_scalars"] = r.row_scalars;
       d["merge_reads_x"] = r.merge_reads_x;
       d["merge_reads_grad"] = r.merge_reads_grad;
       out.append(d);

@@ -37,17 +37,19 @@ struct GossipParameters {
   const int32_t* row_offsets;
   const int32_t* columns;
   const T* weights;
-  T scale;  // 1 / rows
+  const T* row_scalars;  // [rows, kRowScalars]
+  T scale;               // 1 / rows
   Rule rule;
   // The coordinates to do: [first, last), but not those of [skip, skip + skipped).
   int64_t first, last, skip, skipped;
 };
 
-// Three blocks of 256 threads on a multiprocessor leave 80 registers a thread; a rule that moves many vectors, or
-// doubles, which take two registers, needs the 128 that two blocks leave.
+// Three blocks of 256 threads on a multiprocessor leave 80 registers a thread; a rule that moves many vectors or has
+// numbers of each worker, or doubles, which take two registers, needs the 128 that two blocks leave.
 constexpr int kMaxThreads = 256;
 template <class Rule, class T>
-constexpr int kMinBlocks = sizeof(T) == 8 || Rule::kMessages > 1 || Rule::kStates + Rule::kMessages > 3 ? 2 : 3;
+constexpr int kMinBlocks =
+    sizeof(T) == 8 || kRowScalars<Rule> > 0 || Rule::kMessages > 1 || Rule::kStates + Rule::kMessages > 3 ? 2 : 3;
 
 // Rows a thread holds: enough loads in flight, and few enough registers that nothing spills.
 template <class Rule>
@@ -102,6 +104,14 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
   const int64_t group = threadIdx.y;
   const int lane_offset = int(threadIdx.x) * V;
   const int64_t step = int64_t(gridDim.x) * blockDim.z;
+  Values<T, kRowScalars<Rule>> scalars[R] = {};  // of this thread's workers, which are the same in every tile
+  if constexpr (kRowScalars<Rule> > 0) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int64_t i = group + r * int64_t(blockDim.y);
+      for (int k = 0; i < rows && k < kRowScalars<Rule>; ++k) scalars[r][k] = p.row_scalars[i * kRowScalars<Rule> + k];
+    }
+  }
   for (int64_t base = int64_t(blockIdx.x) * blockDim.z; base * width < p.last - p.first; base += step) {
     const int64_t tile_begin = p.first + (base + threadIdx.z) * (width - kFaultGrid * V);
     const int64_t c = tile_begin + lane_offset;
@@ -127,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
       const int i = int(group) + r * int(blockDim.y);
       if (inside && i < rows) {
         typename S::Messages message;
-        slice[r].local(p.rule, message);
+        slice[r].local(for_row(p.rule, scalars[r].data, 0), message);
         for (int k = 0; k < kMessages; ++k) store_shared(messages + k * plane + i * width + lane_offset, message[k]);
       }
     }
@@ -170,7 +180,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
           const int pitch = p.form == MixingForm::kMean ? width : plane;
           for (int k = 0; k < kMessages; ++k) mixed[k] = load_vector<V>(from + k * pitch + lane_offset);
         }
-        slice[r].merge(p.rule, mixed);
+        slice[r].merge(for_row(p.rule, scalars[r].data, 0), mixed);
         store_global(p.x + i * p.x_stride + c, slice[r].x);
         slice[r].template store_states<Loads::kStores>(p.state, i * p.state_stride + c);
       }
@@ -205,7 +215,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
         slice.g = load_vector<1>(p.g + i * p.g_stride + c);
         slice.template load_states<Rule::kLocalReads>(p.state, i * p.state_stride + c);
         typename S::Messages message;
-        slice.local(p.rule, message);
+        slice.local(for_row(p.rule, p.row_scalars, i), message);
         slice.template store_states<Rule::kLocalWrites>(p.state, i * p.state_stride + c);
         for (int k = 0; k < kMessages; ++k) messages[k * plane + i * width + lane] = message[k].at[0];
       }
@@ -245,7 +255,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
         if (Rule::kMergeReadsX) slice.x = load_vector<1>(p.x + i * p.x_stride + c);
         if (Rule::kMergeReadsGrad) slice.g = load_vector<1>(p.g + i * p.g_stride + c);
         slice.template load_states<Rule::kMergeReads>(p.state, i * p.state_stride + c);
-        slice.merge(p.rule, mixed);
+        slice.merge(for_row(p.rule, p.row_scalars, i), mixed);
         store_global(p.x + i * p.x_stride + c, slice.x);
         slice.template store_states<Rule::kMergeWrites>(p.state, i * p.state_stride + c);
       }
@@ -339,6 +349,7 @@ void gossip_step(const GossipStepArguments& a) {
                                     a.mixing.row_offsets,
                                     a.mixing.columns,
                                     static_cast<const T*>(a.mixing.weights),
+                                    static_cast<const T*>(a.row_scalars),
                                     T(1) / T(a.rows),
                                     Rule(a.hyper),
                                     0,

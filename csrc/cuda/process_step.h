@@ -31,6 +31,7 @@ struct LocalStepParameters {
   Values<T*, Rule::kStates> state;
   Values<T*, Rule::kMessages> message;
   Extent extent;
+  const T* row_scalars;  // [kRowScalars]
   Rule rule;
 };
 
@@ -45,6 +46,7 @@ struct MergeParameters {
   const Storage* g;
   Values<T*, Rule::kStates> state;
   Extent extent;
+  const T* row_scalars;  // [kRowScalars]
   Rule rule;
   bool mean;
   T scale;  // 1 / terms
@@ -69,6 +71,7 @@ template <class Rule, class Storage>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
     local_flat(const LocalStepParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  const Rule rule = for_row(p.rule, p.row_scalars, 0);
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
     constexpr int V = decltype(width)::value;
     using S = Slice<Rule, Storage, V>;
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
     slice.g = load_vector<V>(p.g + c);
     slice.template load_states<Rule::kLocalReads>(p.state, c);
     typename S::Messages message;
-    slice.local(p.rule, message);
+    slice.local(rule, message);
     slice.template store_states<Rule::kLocalWrites>(p.state, c);
     for (int k = 0; k < Rule::kMessages; ++k) store_global(p.message[k] + c, message[k]);
   });
@@ -87,6 +90,7 @@ template <class Rule, class Storage>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
     merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  const Rule rule = for_row(p.rule, p.row_scalars, 0);
   for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
     constexpr int V = decltype(width)::value;
     using S = Slice<Rule, Storage, V>;
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
         }
       }
     }
-    slice.merge(p.rule, mixed);
+    slice.merge(rule, mixed);
     store_global(p.x + c, slice.x);
     slice.template store_states<Rule::kMergeWrites>(p.state, c);
   });
@@ -152,8 +156,13 @@ void local_step(const LocalStepArguments& a) {
   using T = Compute<Storage>;
   using Rule = RuleOf<T>;
   const Device device("local_step_", a.device);
-  LocalStepParameters<Rule, Storage> p{
-      static_cast<const Storage*>(a.x), static_cast<const Storage*>(a.g), {}, {}, {}, Rule(a.hyper)};
+  LocalStepParameters<Rule, Storage> p{static_cast<const Storage*>(a.x),
+                                       static_cast<const Storage*>(a.g),
+                                       {},
+                                       {},
+                                       {},
+                                       static_cast<const T*>(a.row_scalars),
+                                       Rule(a.hyper)};
   Alignment alignment(p.x, kVector<T>);
   alignment.also(p.g);
   for (int k = 0; k < Rule::kStates; ++k) alignment.also(p.state[k] = static_cast<T*>(a.state[k]));
@@ -176,6 +185,7 @@ void merge(const MergeArguments& a) {
                                    static_cast<const Storage*>(a.g),
                                    {},
                                    {},
+                                   static_cast<const T*>(a.row_scalars),
                                    Rule(a.hyper),
                                    a.mean,
                                    T(1) / T(a.terms),

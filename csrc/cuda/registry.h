@@ -18,6 +18,7 @@ RuleEntry make_entry() {
           Rule::kHyper,
           Rule::kStates,
           Rule::kMessages,
+          kRowScalars<Rule>,
           Rule::kMergeReadsX,
           Rule::kMergeReadsGrad,
           {gossip_step<RuleOf, float>, gossip_step<RuleOf, double>, gossip_step<RuleOf, bfloat16>,
@@ -27,15 +28,9 @@ RuleEntry make_entry() {
           {merge<RuleOf, float>, merge<RuleOf, double>, merge<RuleOf, bfloat16>, merge<RuleOf, float16>}};
 }
 
-// The kernels here don't take row scalars: a rule that has them is left out, and its use is an error.
-template <template <class> class RuleOf>
-void register_rule() {
-  if constexpr (kRowScalars<RuleOf<float>> == 0) registry().push_back(make_entry<RuleOf>());
-}
-
 template <template <class> class... RuleOf>
 bool register_rules(RuleList<RuleOf...>) {
-  (register_rule<RuleOf>(), ...);
+  (registry().push_back(make_entry<RuleOf>()), ...);
   return true;
 }
 

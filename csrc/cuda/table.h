@@ -10,7 +10,7 @@ namespace qgm::cuda {
 
 struct RuleEntry {
   std::string name;
-  int hyper, states, messages;
+  int hyper, states, messages, row_scalars;
   bool merge_reads_x, merge_reads_grad;
   void (*gossip_step[kDTypes])(const GossipStepArguments&);
   void (*local_step[kDTypes])(const LocalStepArguments&);

@@ -28,7 +28,6 @@ from qgm_ext.mixing import Mixing
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-NO_ROW_SCALARS = 0  # the address that says so: the kernels here have no rule that takes them
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
 #: What rules get, as many as they take. The CPU gets the same numbers and is the oracle, so no rule is special.
@@ -86,11 +85,20 @@ class MockModule:
         self.rules = {entry["name"]: (index, entry) for index, entry in enumerate(self.module.rules())}
 
     def gossip_step(
-        self, x: Tensor, g: Tensor, state: list[Tensor], mixing: Mixing, rule: str, hyper: list[float], device: int = 0
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: list[Tensor],
+        mixing: Mixing,
+        rule: str,
+        hyper: list[float],
+        row_scalars: Tensor | None = None,
+        device: int = 0,
     ) -> None:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         offsets, columns, weights = (t.clone() for t in mixing.tensors(dtype=compute))
-        with self.mapped(x=x, g=g, state=state, offsets=offsets, columns=columns, weights=weights):
+        scalars = given(row_scalars)
+        with self.mapped(x=x, g=g, state=state, offsets=offsets, columns=columns, weights=weights, scalars=scalars):
             self.module.gossip_step(
                 self.rules[rule][0],
                 DTYPES[x.dtype],
@@ -108,7 +116,7 @@ class MockModule:
                 weights.data_ptr(),
                 columns.numel(),
                 hyper,
-                NO_ROW_SCALARS,
+                address(scalars),
                 device,
                 STREAM,
             )
@@ -152,9 +160,17 @@ class MockModule:
             )
 
     def local_step(
-        self, x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str, hyper: list[float]
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: list[Tensor],
+        messages: list[Tensor],
+        rule: str,
+        hyper: list[float],
+        row_scalars: Tensor | None = None,
     ) -> None:
-        with self.mapped(unwritten=messages, x=x, g=g, state=state, messages=messages):
+        scalars = given(row_scalars)
+        with self.mapped(unwritten=messages, x=x, g=g, state=state, messages=messages, scalars=scalars):
             self.module.local_step(
                 self.rules[rule][0],
                 DTYPES[x.dtype],
@@ -164,7 +180,7 @@ class MockModule:
                 [m.data_ptr() for m in messages],
                 x.numel(),
                 hyper,
-                NO_ROW_SCALARS,
+                address(scalars),
                 0,
                 STREAM,
             )
@@ -179,8 +195,10 @@ class MockModule:
         mean: bool,
         rule: str,
         hyper: list[float],
+        row_scalars: Tensor | None = None,
     ) -> None:
-        with self.mapped(x=x, g=g, state=state, received=received):
+        scalars = given(row_scalars)
+        with self.mapped(x=x, g=g, state=state, received=received, scalars=scalars):
             self.module.merge(
                 self.rules[rule][0],
                 DTYPES[x.dtype],
@@ -192,7 +210,7 @@ class MockModule:
                 mean,
                 x.numel(),
                 hyper,
-                NO_ROW_SCALARS,
+                address(scalars),
                 0,
                 STREAM,
             )
@@ -229,6 +247,16 @@ class MockModule:
             yield
 
 
+def given(*tensors: Tensor | None) -> list[Tensor]:
+    """Those of the optional tensors that are there."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def address(tensors: list[Tensor]) -> int:
+    """Where an optional tensor of :func:`given` lies, 0 for none."""
+    return tensors[0].data_ptr() if tensors else 0
+
+
 def _import(library: Path) -> ModuleType:
     """Import an extension module from its file, apart from any installed qgm_ext._cuda."""
     name = f"{library.parent.name}._cuda"  # pybind11 gives a second module of one name the first one's functions
@@ -262,6 +290,8 @@ class Problem:
         self.rule, self.n, self.d, self.offset, self.stride = rule, n, d, offset, max(d, stride)
         self.hyper = HYPER[: known.hyper]
         self.shifted_g = shifted_g
+        scalars = 0.5 + torch.rand(n, known.row_scalars, generator=generator, dtype=torch.float64)
+        self.row_scalars = scalars.to(compute) if known.row_scalars else None
 
         def buffer(kind: torch.dtype) -> Tensor:
             return torch.randn(n * self.stride + 16, generator=generator, dtype=torch.float64).to(kind)

@@ -25,8 +25,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WORKERS = [1, 2, 3, 5, 16, 33, 100]
 LENGTHS = [1, 5, 127, 128, 130, 777]
 TOPOLOGIES = ["ring", "star", "complete", "identity"]
-# Rules with row scalars are not in the CUDA module (csrc/cuda/registry.h).
-RULES = sorted(name for name, rule in ops.rules().items() if not rule.row_scalars)
+RULES = sorted(ops.rules())
 # Rows padded as the project pads them; aligned but starting off a vector; rows that are aligned differently; g off x.
 LAYOUTS = {
     "padded": lambda d: {"stride": -(-d // 64) * 64},
@@ -47,6 +46,14 @@ def fresh(module: MockModule) -> None:
     module.runtime.choose_blocks = lambda grid: None
 
 
+def test_every_rule_of_the_cpu_is_in_the_cuda_module(module: MockModule) -> None:
+    table = {name: entry for name, (_, entry) in module.rules.items()}
+    expected = {name: rule._asdict() for name, rule in ops.rules().items()}
+    for rule in expected.values():
+        del rule["code"]
+    assert table == expected
+
+
 def mixing_of(name: str, n: int) -> topology.Mixing:
     if name == "identity":
         return topology.Mixing.from_matrix(torch.eye(n).numpy())
@@ -59,9 +66,9 @@ def check_gossip(module: MockModule, rule: str, n: int, d: int, dtype: torch.dty
     expected, got = problem.clones(), problem.clones()
     x, g, state = problem.views(expected)
     tensors = matrix.tensors(dtype=ops.compute_dtype(dtype))
-    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, problem.hyper)
+    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, problem.hyper, problem.row_scalars)
     x, g, state = problem.views(got)
-    module.gossip_step(x, g, state, matrix, rule, problem.hyper)
+    module.gossip_step(x, g, state, matrix, rule, problem.hyper, problem.row_scalars)
     assert same_bits(got, expected), f"{rule} n={n} D={d} {dtype} {mixing} {layout}"
     assert not same_bits(got, problem.buffers)
 
@@ -119,13 +126,14 @@ def test_local_step_and_merge_give_the_bits_of_the_cpu(module: MockModule, rule:
     compute, messages = ops.compute_dtype(dtype), ops.rules()[rule].messages
     for k, d in enumerate([1, 5, 128, 777, 1500]):
         problem = Problem(rule, 1, d, dtype, offset=k % 3, shifted_g=k // 4)
+        scalars = None if problem.row_scalars is None else problem.row_scalars[0]
         generator = torch.Generator().manual_seed(d)
         results = []
         for backend in (ops.local_step_, module.local_step):
             buffers = problem.clones()
             x, g, state = (v[0] if isinstance(v, torch.Tensor) else [s[0] for s in v] for v in problem.views(buffers))
             out = [torch.zeros(d + 4, dtype=compute)[k % 3 : k % 3 + d] for _ in range(messages)]
-            backend(x, g, state, out, rule, problem.hyper)
+            backend(x, g, state, out, rule, problem.hyper, scalars)
             results.append([*buffers, *out])
         assert same_bits(*results), f"local_step_ {rule} D={d} {dtype}"
 
@@ -138,7 +146,7 @@ def test_local_step_and_merge_give_the_bits_of_the_cpu(module: MockModule, rule:
         for step in (ops.merge_, module.merge):
             buffers = problem.clones()
             x, g, state = (v[0] if isinstance(v, torch.Tensor) else [s[0] for s in v] for v in problem.views(buffers))
-            step(x, g, state, [r.clone() for r in received], weights, mean, rule, problem.hyper)
+            step(x, g, state, [r.clone() for r in received], weights, mean, rule, problem.hyper, scalars)
             results.append(buffers)
         assert same_bits(*results), f"merge_ {rule} D={d} {dtype} terms={terms}"
     assert module.runtime.forbidden_calls() == []
@@ -261,7 +269,7 @@ def test_gossip_step_reaches_elements_beyond_2_to_the_31(
             0,
             0,
             [0.5, 1.0, 0.5, 1.0][: known.hyper],
-            kernel_module.NO_ROW_SCALARS,
+            0,
             0,
             STREAM,
         )

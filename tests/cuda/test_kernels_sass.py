@@ -24,9 +24,7 @@ mock_reason = harness.mock_skip_reason()
 needs_sass = pytest.mark.skipif(bool(sass_reason), reason=sass_reason or "nvdisasm is there")
 needs_mock = pytest.mark.skipif(bool(mock_reason), reason=mock_reason or "nvcc is there")
 
-# Headers whose rules all take numbers of each worker have no CUDA kernels (csrc/cuda/registry.h).
-WITHOUT_KERNELS = {"cuda_push_sum", "cuda_qg_dadam"}
-RULE_SOURCES = [path for path in kernel_module.rule_sources() if path.stem not in WITHOUT_KERNELS]
+RULE_SOURCES = kernel_module.rule_sources()
 SOURCES = [*RULE_SOURCES, CSRC / "cuda" / "reduce.cu", CSRC / "cuda" / "relay.cu"]
 # By default one architecture of each PTX and the newest; the others are behind the marker ``exhaustive``.
 ARCHITECTURES = [

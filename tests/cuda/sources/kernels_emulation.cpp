@@ -17,6 +17,7 @@
 #include "cuda/reduce.cu"
 #include "cuda/relay_step.h"
 #include "rules/dsgd.h"
+#include "rules/push_sum.h"
 #include "rules/qg_dsgdm.h"
 
 using namespace qgm;
@@ -66,8 +67,11 @@ static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, 
   for (int64_t i = 0; i <= rows; ++i) row_offsets[i] = offsets[size_t(i)];
   for (size_t q = 0; q < columns.size(); ++q) column[q] = columns[q], weights[q] = T(uniform());
   const Mixing mixing{form, row_offsets.data(), column.data(), weights.data(), int64_t(columns.size())};
+  Buffer<T> scalars(rows * kRowScalars<RuleOf<T>>);
+  for (int64_t k = 0; k < rows * kRowScalars<RuleOf<T>>; ++k) scalars[k] = T(1.5 + 0.5 * uniform());
 
   cpu::GossipStepArguments a{};
+  a.row_scalars = scalars.data();
   a.x = x_cpu.data() + offset, a.g = g.data() + offset;
   if (kStates > 0) a.state[0] = state_cpu.data() + offset;
   if (kStates > 1) a.state[1] = second_cpu.data() + offset;
@@ -151,8 +155,11 @@ static void process(int64_t size, int64_t terms, bool mean, int64_t offset) {
   for (int64_t k = 0; k < whole; ++k) {
     x_cpu[k] = x[k], state_cpu[k] = state[k], message[k] = message_cpu[k] = T(0);
   }
+  Buffer<T> scalars(kRowScalars<RuleOf<T>>);
+  for (int64_t k = 0; k < kRowScalars<RuleOf<T>>; ++k) scalars[k] = T(1.5 + 0.5 * uniform());
 
   cpu::LocalStepArguments a{};
+  a.row_scalars = scalars.data();
   a.x = x_cpu.data() + offset, a.g = g.data() + offset;
   if (kStates > 0) a.state[0] = state_cpu.data() + offset;
   a.message[0] = message_cpu.data() + offset;
@@ -177,6 +184,7 @@ static void process(int64_t size, int64_t terms, bool mean, int64_t offset) {
     weights.push_back(uniform());
   }
   cpu::MergeArguments c{};
+  c.row_scalars = scalars.data();
   c.x = x_cpu.data() + offset, c.g = g.data() + offset;
   if (kStates > 0) c.state[0] = state_cpu.data() + offset;
   c.received = pointers.data(), c.weights = weights.data(), c.terms = terms, c.mean = mean;
@@ -226,11 +234,13 @@ int main(int count, char** arguments) {
       gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 5, 301, 304, 0);
       gossip<rules::qg_dsgdm::QgDsgdmMultistep, bfloat16>(form, 9, 70, 72, 3);
       gossip<rules::dsgd::Dsgd, double>(form, 3, 129, 130, 1);
+      gossip<rules::push_sum::QgSgp, float>(form, 7, 70, 72, 0);
     }
   } else if (is("columns")) {
     for (const MixingForm form : {MixingForm::kSparse, MixingForm::kMean, MixingForm::kIdentity}) {
       gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 4, 71, 73, 0);
       gossip<rules::qg_dsgdm::QgDsgdm, float16>(form, 18, 40, 41, 0);
+      gossip<rules::push_sum::Sgp, float>(form, 5, 33, 35, 0);
     }
   } else if (is("relay")) {
     relay<rules::dsgd::DsgdmN, float>(2, 5, 301, 304, 0);
@@ -241,6 +251,7 @@ int main(int count, char** arguments) {
     process<rules::qg_dsgdm::QgDsgdmN, float>(777, 3, false, 0);
     process<rules::dsgd::DsgdmN, float16>(130, 5, true, 1);
     process<rules::dsgd::Dsgd, double>(1, 1, false, 0);
+    process<rules::push_sum::QgSgp, float>(300, 3, false, 0);
   } else if (is("reductions")) {
     reductions<float>(DType::kFloat32, 2, 4099);
     reductions<bfloat16>(DType::kBFloat16, 3, 300);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 
@@ -301,6 +302,18 @@ def test_the_csv_is_tidy():
         assert line["chosen"] == str(int(line["lr"] == "0.2"))
         assert (line["accuracy_local_mean"] == "0.5") == (line["status"] == "finished")
         assert line["folder"].startswith("runs/mlp-ring4-a0.1-")
+
+
+def test_the_csv_alone_gives_the_same_scores(tmp_path):
+    made = plan(seeds=3)
+    found = made_up(made, lambda run: None if run.seed and run.lr == 0.1 else (run.lr, 0.5 + 0.01 * run.seed))
+    again = Results(
+        made, tmp_path, [dataclasses.replace(r, folder=tmp_path / "runs" / r.folder.name) for r in found.runs.values()]
+    )
+    again.write_csv()
+    content = {"format": "qgm_ext.compare/1", "comparison": made.as_dict()}
+    (tmp_path / results.COMPARISON).write_text(json.dumps(content))
+    assert results.load_csv(tmp_path).scores() == found.scores()
 
 
 # The table ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -45,3 +46,12 @@ def test_marked_commands_are_one_line_each():
         assert block is not None, f"README.md marks no {name} command"
         assert block[1].count("\n") == 1
         assert block[1].startswith("python3 -m venv .venv && .venv/bin/pip install '.[")
+
+
+def test_the_tables_of_results_are_those_of_the_results_files():
+    path = Path(__file__).parent.parent / "benchmarks" / "fill_readme.py"
+    spec = importlib.util.spec_from_file_location("fill_readme", path)
+    fill = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill)
+    assert "<!-- results: paper-small -->" in README
+    assert fill.filled(README) == README

@@ -7,6 +7,7 @@ Step sizes are chosen on validation accuracy alone; nothing here looks at the te
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -306,6 +307,24 @@ def load(folder: Path) -> Results:
     return Results(plan := load_plan(folder), folder, [read_run(run) for run in planned_runs(plan, folder)])
 
 
+def load_csv(folder: Path) -> Results:
+    """The results as results.csv and comparison.json tell them, without the folders of the runs.
+
+    Raises: as :func:`load`.
+    """
+    plan, path = load_plan(folder), folder / CSV
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = {row["folder"]: row for row in csv.DictReader(file)}
+        runs = []
+        for run in planned_runs(plan, folder):
+            row = rows.get(str(run.folder.relative_to(folder)))
+            runs.append(run if row is None else _run_of(run, row))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    return Results(plan, folder, runs)
+
+
 def load_plan(folder: Path) -> Comparison:
     """The comparison that a folder holds.
 
@@ -355,6 +374,15 @@ def read_run(run: Run) -> Run:
         raise ValueError(
             f"the files of the run in {run.folder} are damaged ({error}); remove it, to do it again"
         ) from error
+
+
+def _run_of(run: Run, row: Mapping[str, str]) -> Run:
+    """A run from its line of the CSV file: with the record that counts as the only one."""
+    status: Status = "finished" if row["status"] == "finished" else "diverged"
+    record = {key: float(row[key]) for key in (VALIDATION, TEST, "bytes_sent") if row[key]}
+    return dataclasses.replace(
+        run, status=status, metrics=(record,) if status == "finished" else (), seconds=float(row["seconds"])
+    )
 
 
 def _row(run: Run, chosen: bool, choose: comparison.Choose, folder: Path) -> dict[str, Any]:

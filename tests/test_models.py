@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from qgm_ext import models
+from qgm_ext import Simulator, models, topology
 
+SMALL = ["cnn", "mlp"]
 SHAPES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 28, 28), (2, 9, 13)]
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_have_the_right_shape(name: str, shape: tuple[int, int, int]) -> None:
     model = models.get(name, shape, 7)
@@ -23,7 +24,7 @@ def test_logits_have_the_right_shape(name: str, shape: tuple[int, int, int]) -> 
     assert not list(model.buffers())
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 def test_the_seed_fixes_the_weights(name: str) -> None:
     built = []
     for seed in (3, 3, 4):
@@ -33,7 +34,7 @@ def test_the_seed_fixes_the_weights(name: str) -> None:
     assert not torch.equal(built[0], built[2])
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 def test_steps_of_sgd_learn_one_batch(name: str) -> None:
     torch.manual_seed(0)
     model = models.get(name, (1, 8, 8), 10)
@@ -51,7 +52,7 @@ def test_steps_of_sgd_learn_one_batch(name: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28)], ids=str)
 def test_vmap_over_workers_gives_each_workers_gradient(name: str, shape: tuple[int, int, int]) -> None:
     torch.manual_seed(1)
@@ -88,8 +89,23 @@ def test_cnn_has_the_layers_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "options", "error", "message"),
     [
-        ("cn", (1, 8, 8), 10, {}, ValueError, "unknown model 'cn'; did you mean 'cnn'\\? Known: cnn, mlp"),
-        ("resnet", (1, 8, 8), 10, {}, ValueError, "unknown model 'resnet'. Known: cnn, mlp"),
+        ("cn", (1, 8, 8), 10, {}, ValueError, "unknown model 'cn'; did you mean 'cnn'\\? Known: cnn, mlp, "),
+        ("transformer", (1, 8, 8), 10, {}, ValueError, "unknown model 'transformer'. Known: cnn, mlp, resnet20_bn"),
+        ("resnet20_gn", (8, 8), 10, {}, ValueError, r"input_shape must be \(channels, height, width\), got \(8, 8\)"),
+        ("resnet20_gn", (1, 8, 8), 10, {"groups": 3}, ValueError, "groups=3 must divide the 16 channels"),
+        ("resnet20_gn", (1, 8, 8), 10, {"channels": (4, 8)}, ValueError, "channels must be of three stages"),
+        ("resnet20_gn", (1, 8, 8), 10, {"norm": "evonrm"}, ValueError, "norm 'evonrm' is not known, did you mean 'evo"),
+        (
+            "resnet20_evonorm",
+            (1, 8, 8),
+            10,
+            {"channels": (48, 64, 64)},
+            ValueError,
+            "divisible by the 32 groups, got 48",
+        ),
+        ("vgg11", (3, 28, 28), 10, {}, ValueError, "five layers that halve the image need 32x32 or more, got 28x28"),
+        ("vgg11", (3, 32, 32), 10, {"slim": 3}, ValueError, "slim must divide 64, got 3"),
+        ("vgg11", (3, 32, 32), 10, {"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ("mlp", (1, 0, 8), 10, {}, ValueError, r"input_shape must be integers >= 1, got \(1, 0, 8\)"),
         ("mlp", (1, 8, 8), 10, {"hidden": (64, -1)}, ValueError, r"hidden must be integers >= 1, got \(64, -1\)"),
         ("mlp", (1, 8, 8), 10, {"hidden": (64, 1.5)}, TypeError, r"hidden must be integers >= 1, got \(64, 1.5\)"),
@@ -113,3 +129,85 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         models.get(name, shape, classes, **options)
+
+
+# The paper's models ---------------------------------------------------------------------------------------------------
+
+PAPER = ["resnet20_bn", "resnet20_evonorm", "resnet20_gn", "vgg11"]
+
+
+def narrow(name: str, num_classes: int = 10) -> nn.Sequential:
+    """The model with few channels, so that tests are quick."""
+    options: dict[str, Any] = {"slim": 32, "dropout": 0.0} if name == "vgg11" else {"channels": (4, 8, 8)}
+    return models.get(name, (3, 32, 32), num_classes, **options)
+
+
+def test_every_model_is_tested() -> None:
+    assert sorted([*SMALL, *PAPER]) == models.names()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "features"),
+    [("resnet20_bn", 272_474, 64), ("resnet20_gn", 272_474, 64), ("resnet20_evonorm", 272_474, 64)]
+    + [("vgg11", 9_750_922, 512)],
+)
+def test_paper_model_has_its_size_and_features(name: str, parameters: int, features: int) -> None:
+    model = models.get(name, (3, 32, 32), 10).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(models.feature_layer(model))
+    layer.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert seen[0].shape == (2, features)
+
+
+def test_resnet_convolutions_start_from_their_fan_out() -> None:
+    torch.manual_seed(0)
+    model = models.resnet20((3, 32, 32), 10)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
+            expected = (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_evonorm_is_its_formula() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 3, 5, dtype=torch.float64)
+    norm = models.EvoNormS0(64).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(64))
+        norm.bias.copy_(torch.rand(64))
+    out = norm(x)
+    for b in range(2):
+        for group in range(32):  # two channels each
+            channels = slice(2 * group, 2 * group + 2)
+            values = x[b, channels]
+            deviation = (((values - values.mean()) ** 2).sum() / (values.numel() - 1) + 1e-5).sqrt()
+            swish = values * torch.sigmoid(values)
+            expected = swish / deviation * norm.weight[channels, None, None] + norm.bias[channels, None, None]
+            torch.testing.assert_close(out[b, channels], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_model_trains_in_the_simulator(name: str) -> None:
+    torch.manual_seed(0)
+    engine = "loop" if name == "resnet20_bn" else "vmap"
+    x, y = torch.randn(2, 6, 3, 32, 32), torch.randint(0, 10, (2, 6))
+    results = []
+    for used in ("loop", engine):
+        torch.manual_seed(1)
+        sim = Simulator(narrow(name), topology.ring(2), "qg_dsgdm_n", lr=0.05, engine=used)
+        losses = [sim.step(nn.functional.cross_entropy, (x, y)).mean().item() for _ in range(4)]
+        assert losses[-1] < losses[0]
+        results.append(sim.opt.x.clone())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+def test_batch_statistics_stay_with_their_worker() -> None:
+    torch.manual_seed(0)
+    sim = Simulator(narrow("resnet20_bn"), topology.complete(2), "dsgd", lr=0.05)
+    x = torch.stack([torch.randn(4, 3, 32, 32), 5 + torch.randn(4, 3, 32, 32)])
+    sim.step(nn.functional.cross_entropy, (x, torch.zeros(2, 4, dtype=torch.int64)))
+    first, second = (dict(model.named_buffers()) for model in sim.models)
+    assert all(not torch.equal(first[key], second[key]) for key in first if key.endswith("running_mean"))
+    assert torch.equal(sim.opt.x[0], sim.opt.x[1])

@@ -91,7 +91,8 @@ def markdown(results: Sequence[Result]) -> str:
     lines += [
         "",
         f"Delay (one way) by {', '.join(ways)}; model of {', '.join(f'{size:,}' for size in sizes)} parameters; "
-        f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each.",
+        f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each, but at "
+        "least 19 steps.",
     ]
     return "\n".join(lines)
 

@@ -19,8 +19,8 @@ def net():
 
 @pytest.mark.parametrize("name", models.names())
 def test_our_models_declare_the_input_of_their_classifier(name):
-    model = models.get(name, (1, 8, 8), 10)
-    x = torch.randn(5, 1, 8, 8)
+    model = models.get(name, (1, 32, 32), 10).eval()
+    x = torch.randn(5, 1, 32, 32)
     with Recorder(model, models.feature_layer(model)) as recorder:
         scores = model(x)
     found = recorder.result()

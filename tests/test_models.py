@@ -148,8 +148,12 @@ def test_every_model_is_tested() -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters", "features"),
-    [("resnet20_bn", 272_474, 64), ("resnet20_gn", 272_474, 64), ("resnet20_evonorm", 272_474, 64)]
-    + [("vgg11", 9_750_922, 512)],
+    [
+        ("resnet20_bn", 272_474, 64),
+        ("resnet20_evonorm", 272_474, 64),
+        ("resnet20_gn", 272_474, 64),
+        ("vgg11", 9_750_922, 512),
+    ],
 )
 def test_paper_model_has_its_size_and_features(name: str, parameters: int, features: int) -> None:
     model = models.get(name, (3, 32, 32), 10).eval()

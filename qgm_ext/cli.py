@@ -335,11 +335,11 @@ def _matrix_text(made: topologies.Topology, step: int) -> str:
 
 @app.command(name="algorithms")
 def list_algorithms() -> None:
-    """List the algorithms: what a worker sends and keeps, hyper-parameters with their defaults, and the source."""
+    """List the algorithms: what a worker sends and keeps, the topology it needs, hyper-parameters, and the source."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("algorithm", no_wrap=True)
     table.add_column("messages\na step", justify="right")
-    for head in ("state vectors", "hyper-parameters", "source"):
+    for head in ("state vectors", "topology", "hyper-parameters", "source"):
         table.add_column(head, overflow="fold")
     for name in algorithms.names():
         cls = algorithms.get_class(name)
@@ -347,7 +347,7 @@ def list_algorithms() -> None:
             field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default}"
             for field in dataclasses.fields(cls)
         ]
-        table.add_row(name, str(cls.messages), _state_text(cls), "\n".join(hyper), cls.source)
+        table.add_row(name, str(cls.messages), _state_text(cls), cls.needs, "\n".join(hyper), cls.source)
     make_console().print(table)
 
 

@@ -323,7 +323,7 @@ def test_algorithms_lists_every_algorithm_with_its_hyper_parameters():
     assert code == 0
     for name in algorithms.names():
         assert re.search(rf"^ *{name} ", output, re.MULTILINE), name
-    for word in ("qg_momentum_buffer", "qg_momentum=0.9", "weight_decay=0.0", "2102.04761"):
+    for word in ("doubly stochastic", "qg_momentum_buffer", "qg_momentum=0.9", "weight_decay=0.0", "2102.04761"):
         assert word in output
 
 

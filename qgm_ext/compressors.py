@@ -107,8 +107,13 @@ class TopK(_Sparse):
 
     def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
         k = self.kept(values.shape[1])
-        index = values.abs().sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return torch.zeros_like(values).scatter_(1, index, values.gather(1, index))
+        sizes = values.abs()
+        smallest = sizes.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        kept, ties = ~(sizes <= smallest), sizes == smallest  # NaN is kept
+        missing = k - kept.sum(dim=1, keepdim=True)
+        if bool((ties.sum(dim=1, keepdim=True) > missing).any()):  # counting is slow, and ties are rare
+            ties &= ties.cumsum(dim=1) <= missing
+        return torch.where(kept | ties, values, 0.0)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return self.kept(d) * (itemsize + 4)  # a value and its 32-bit index

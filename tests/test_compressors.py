@@ -38,6 +38,20 @@ def test_top_k_keeps_the_largest_and_at_least_their_share_of_the_energy(d, ratio
     assert (kept.square().sum(1) >= k / d * values.square().sum(1) * (1 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9, 0.999])
+def test_top_k_keeps_what_a_stable_sort_puts_first(ratio):
+    generator = torch.Generator().manual_seed(1)
+    many_ties = torch.randint(-3, 4, (5, 203), generator=generator).double()
+    for values in (rows(203), many_ties, torch.zeros(2, 7)):
+        k = TopK(ratio).kept(values.shape[1])
+        index = values.abs().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(TopK(ratio)(values), torch.zeros_like(values).scatter_(1, index, values.gather(1, index)))
+
+
+def test_top_k_does_not_hide_nan():
+    assert TopK(0.5)(torch.tensor([[1.0, float("nan"), 3.0, 2.0]])).isnan()[0, 1]
+
+
 def test_top_k_takes_the_first_of_equal_numbers():
     assert TopK(0.5)(torch.tensor([[1.0, -1.0, 1.0, -1.0]])).tolist() == [[1.0, -1.0, 0.0, 0.0]]
 

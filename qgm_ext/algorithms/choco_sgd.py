@@ -15,6 +15,8 @@ from qgm_ext.topology import Topology
 
 Order = Literal["atc", "cta"]
 
+_CACHED = 1 << 18  # numbers
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -121,5 +123,9 @@ class ChocoSgd(MomentumAlgorithm):
         rows = range(len(vectors)) if workers is None else workers
         sources = [compressors.generator(self.seed, step, i) for i in (rows if compressor.is_random else ())]
         for first, length in segments or [(0, vectors.shape[1])]:
-            out[:, first : first + length] = compressor(vectors[:, first : first + length], sources)
+            # As many rows at a time as keep a compressor's intermediate results in the cache.
+            count = max(1, _CACHED // max(1, length))
+            for row in range(0, len(vectors), count):
+                part = vectors[row : row + count, first : first + length]
+                out[row : row + count, first : first + length] = compressor(part, sources[row : row + count])
         return out

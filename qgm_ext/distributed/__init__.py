@@ -12,6 +12,7 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
 - :mod:`~qgm_ext.distributed.agreement`: what all workers must agree on at the start;
 - :mod:`~qgm_ext.distributed.exchange`: messages, their headers, time limits, and the errors that name a peer;
 - :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors;
+- :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
 - :mod:`qgm_ext.optim.peers`: parameter groups on top of it.
 
 A worker's state is in ``opt.state_dict()`` as with any torch optimizer: vectors by parameter, what the algorithm keeps

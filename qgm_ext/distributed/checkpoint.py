@@ -1,0 +1,389 @@
+"""Checkpoints of workers in processes of their own, and the average of their models.
+
+Every worker writes what it needs to go on into a folder of its own with torch.distributed.checkpoint, beside its place,
+flushed, and renamed: FOLDER/step-00000120/worker-3-of-8. Nobody waits for anybody, and kill -9 of any or all workers at
+any moment leaves whole folders only. A step counts as saved when all its workers are there, and :func:`load` takes the
+last step that is. torch.distributed.checkpoint runs without its collectives, which would send pickled plans among the
+workers.
+
+Only tensors go through it; all else of an optimizer's state is JSON, with a checksum of every tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint as _torch_checkpoint
+
+from qgm_ext.experiments.runfolder import write_atomically
+
+__all__ = ["Loaded", "consensus_model", "export_safetensors", "load", "save"]
+
+dcp: Any = _torch_checkpoint  # names its functions in a way that type checkers take for private
+
+_FORMAT = "qgm_ext.worker/1"
+_ABOUT = "about.json"
+_KEPT = 2  # whole steps; the last but one stays until the next is whole
+_STEP = re.compile(r"step-(\d{8,})")
+_WORKER = re.compile(r"worker-(\d+)-of-(\d+)")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded.
+
+    Args:
+        step: that the checkpoint is of.
+        extra: what was saved with it.
+        resumed: True: to the same bits; False: from the average of another number of workers, with the optimizer's
+            state at its start.
+        note: what a user should know; empty if there is nothing.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    resumed: bool
+    note: str
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Save this worker; to be called by every worker after the same step.
+
+    Saves parameters and buffers of the model, the optimizer's state, and the state of torch's random numbers on the
+    CPU. What this worker saved before the last two whole steps is removed.
+
+    Args:
+        folder: of all checkpoints of the run; shared by the workers or each machine's own.
+        model, optimizer: what to save.
+        step: how many steps were done.
+        extra: numbers, strings, lists, dicts with strings as keys, None, and tensors: whatever else there is to keep.
+        group: the workers; None for the default group.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        TypeError, ValueError: if step or extra does not fit.
+        OSError: if it can't be written; earlier checkpoints are as they were.
+    """
+    rank, size = _place(group)
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an integer, got {step!r}")
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    tensors: dict[str, Tensor] = {}
+    content = {
+        "format": _FORMAT,
+        "step": step,
+        "rank": rank,
+        "workers": size,
+        "model": _pack("model", model.state_dict(), tensors),
+        "optimizer": _pack("optimizer", optimizer.state_dict(), tensors),
+        "extra": _pack("extra", dict(extra or {}), tensors),
+        "random": _pack("random", torch.get_rng_state(), tensors),
+    }
+    content["checksums"] = {key: _checksum(tensor) for key, tensor in tensors.items()}
+    root = Path(folder)
+    target = root / f"step-{step:08d}" / f"worker-{rank}-of-{size}"
+    temporary = target.with_name(f".{target.name}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs without collectives, which is meant
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+    text = json.dumps(content, allow_nan=True).encode()
+    write_atomically(temporary / _ABOUT, lambda file: file.write(text))
+    if target.exists():  # the same step again, as after resuming from an earlier one: the bits are the same
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    for parent in (target.parent, root):
+        _sync(parent)
+    _remove_old(root, rank, size)
+    return target
+
+
+def load(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Loaded | None:
+    """Take up the last step that all workers have saved; a collective.
+
+    With as many workers as saved it, each goes on to the same bits. With another number all start from the average of
+    the saved models (which must all be visible to every worker), with the optimizer as it is: momentum belongs to a
+    worker that is no more, so it starts anew. ``note`` says so.
+
+    Args:
+        folder: as in :func:`save`.
+        model, optimizer: built as when it was saved; model and optimizer state are overwritten.
+        group: the workers; None for the default group.
+
+    Returns:
+        What was loaded, or None if no step is whole.
+
+    Raises:
+        ValueError: if a checkpoint is damaged or does not fit the model or the optimizer; it is named.
+    """
+    rank, size = _place(group)
+    root = Path(folder)
+    mine = [step for step, workers in _saved(root).items() if rank in workers.get(size, ())]
+    common = _in_all(mine, group)
+    # An odd one out: a whole step of another number of workers, if it is newer, or the only one.
+    others = [
+        (step, n) for step, found in _saved(root).items() for n, ranks in found.items() if len(ranks) == n != size
+    ]
+    other = _in_all([step for step, _ in others], group)
+    if common and (not other or common[-1] >= other[-1]):
+        path = root / f"step-{common[-1]:08d}" / f"worker-{rank}-of-{size}"
+        content, tensors = _read(path)
+        _fit(path, "model", lambda: model.load_state_dict(_unpack(content["model"], tensors)))
+        _fit(path, "optimizer", lambda: optimizer.load_state_dict(_unpack(content["optimizer"], tensors)))
+        torch.set_rng_state(_unpack(content["random"], tensors))
+        return Loaded(common[-1], _unpack(content["extra"], tensors), True, "")
+    if not other:
+        return None
+    step = other[-1]
+    n = max(n for found, n in others if found == step)
+    paths = [root / f"step-{step:08d}" / f"worker-{i}-of-{n}" for i in range(n)]
+    average, extra = _average(paths)
+    _fit(paths[0], "model", lambda: model.load_state_dict(average))
+    note = (
+        f"{root} was saved by {n} workers at step {step}, now there are {size}: all start from the average of the "
+        "saved models, with fresh optimizer state"
+    )
+    return Loaded(step, extra, False, note)
+
+
+def consensus_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Return a copy of the model with the average of all workers' parameters and buffers; a collective.
+
+    Averaged in float64 and rounded once; integer buffers are worker 0's. All workers get the same bits.
+
+    Args:
+        model: this worker's.
+        group: the workers; None for the default group.
+    """
+    average = copy.deepcopy(model)
+    _, size = _place(group)
+    if size == 1:
+        return average
+    root = 0 if group is None else dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for tensor in average.state_dict().values():
+            if not isinstance(tensor, Tensor):
+                continue
+            if tensor.is_floating_point():
+                total = tensor.double()
+                dist.all_reduce(total, group=group)
+                tensor.copy_(total / size)
+            else:
+                dist.broadcast(tensor, root, group=group)
+    return average
+
+
+def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's parameters and buffers to a safetensors file, in one go.
+
+    Tensors that share memory are written once under their first name, as ``safetensors.torch.save_model`` does, and
+    ``safetensors.torch.load_model`` reads them back.
+
+    Args:
+        model: e.g. that of :func:`consensus_model`; call it on one worker only.
+        path: of the file.
+
+    Raises:
+        ModuleNotFoundError: if safetensors is missing; names the extra that brings it.
+        OSError: if it can't be written; what was there is unchanged.
+    """
+    try:
+        from safetensors.torch import save as serialize
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("export_safetensors needs safetensors: pip install 'qgm_ext[export]'") from error
+    unique: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        # Cloned, for a parameter is a view of a buffer that holds all of them.
+        unique[name] = tensor.detach().cpu().contiguous().clone()
+    data = serialize(unique, metadata={"format": "pt"})
+    write_atomically(Path(path), lambda file: file.write(data))
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _saved(root: Path) -> dict[int, dict[int, set[int]]]:
+    """Who has saved: step -> number of workers -> ranks, ascending in the step."""
+    found: dict[int, dict[int, set[int]]] = {}
+    if not root.is_dir():
+        return found
+    for folder in root.iterdir():
+        match = _STEP.fullmatch(folder.name)
+        if match is None:
+            continue
+        for entry in folder.iterdir():
+            worker = _WORKER.fullmatch(entry.name)
+            if worker is not None:
+                found.setdefault(int(match[1]), {}).setdefault(int(worker[2]), set()).add(int(worker[1]))
+    return dict(sorted(found.items()))
+
+
+def _in_all(steps: list[int], group: dist.ProcessGroup | None) -> list[int]:
+    """The steps that every worker names, ascending."""
+    _, size = _place(group)
+    if size == 1:
+        return sorted(steps)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    count = torch.tensor([len(steps)], device=device)
+    dist.all_reduce(count, dist.ReduceOp.MAX, group=group)
+    mine = torch.full((int(count),), -1, dtype=torch.int64, device=device)
+    mine[: len(steps)] = torch.tensor(steps, dtype=torch.int64)
+    every = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(every, mine, group=group)
+    return sorted(set.intersection(*(set(some.tolist()) for some in every)) - {-1})
+
+
+def _remove_old(root: Path, rank: int, size: int) -> None:
+    """Remove this worker's folders of steps that are older than the last whole ones.
+
+    Where a machine sees only its own workers no step looks whole, so there the last ones of this worker count; workers
+    wait for each other in every step, so none is more than a step behind another.
+    """
+    saved = _saved(root)
+    whole = [step for step, found in saved.items() if len(found.get(size, ())) == size]
+    own = [step for step, found in saved.items() if rank in found.get(size, ())]
+    alone = all(rank == min(found[size]) for found in saved.values() if size in found)
+    last = whole if whole or not alone else own
+    for step in own:
+        if len(last) >= _KEPT and step < last[-_KEPT]:
+            shutil.rmtree(root / f"step-{step:08d}" / f"worker-{rank}-of-{size}", ignore_errors=True)
+            try:
+                (root / f"step-{step:08d}").rmdir()
+            except OSError:  # others are still in it
+                continue
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Content --------------------------------------------------------------------------------------------------------------
+
+
+def _pack(place: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value; its tensors go into ``tensors`` under a name that says where they were."""
+    if isinstance(value, Tensor):
+        tensors[place] = value.detach().cpu().contiguous().clone()
+        return {"tensor": place}
+    if isinstance(value, Mapping):
+        pairs = [[key, _pack(f"{place}.{key}", item, tensors)] for key, item in value.items()]
+        for key in value:
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
+                raise TypeError(f"{place} must have strings or integers as keys, got {key!r}")
+        return {"dict": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(f"{place}.{k}", item, tensors) for k, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{place} must be a number, string, list, dict, None or tensor, got {type(value).__name__}")
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _checksum(tensor: Tensor) -> int:
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(data)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        content = json.loads((path / _ABOUT).read_bytes())
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"its format is {content.get('format')!r}, not {_FORMAT!r}")
+        reader = dcp.FileSystemReader(path)
+        tensors = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in reader.read_metadata().state_dict_metadata.items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        wrong = [key for key, wanted in content["checksums"].items() if _checksum(tensors[key]) != wanted]
+        if wrong:
+            raise ValueError(f"wrong checksum of {wrong[0]}")
+    except (Exception, dcp.CheckpointException) as error:  # damaged bytes make json, pickle and torch raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"checkpoint {path} is damaged ({reason}); remove its step to go on from the one before"
+        ) from error
+    return content, tensors
+
+
+def _fit(path: Path, what: str, take: Any) -> None:
+    try:
+        take()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} does not fit the {what}: {' '.join(str(error).split())}") from error
+
+
+def _average(paths: list[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mean of saved models, summed in float64 in the order of workers; the extra of worker 0."""
+    content, tensors = _read(paths[0])
+    first = _unpack(content["model"], tensors)
+    extra = _unpack(content["extra"], tensors)
+    total = {key: value.double() for key, value in first.items() if value.is_floating_point()}
+    for path in paths[1:]:
+        content, tensors = _read(path)
+        for key, value in _unpack(content["model"], tensors).items():
+            if key in total:
+                total[key] += value
+    mean = {key: (value / len(paths)).to(first[key].dtype) for key, value in total.items()}
+    return {**first, **mean}, extra

@@ -412,6 +412,42 @@ def test_d2_plus_is_d2_for_constant_lr_only():
     assert errors[1] < 0.01 * errors[0]
 
 
+@pytest.mark.filterwarnings("ignore:d2.*eigenvalue")
+def test_d2_is_dsgd_with_a_correction_of_its_last_step():
+    """x+ = W (x + u + c), c+ = x+ - x - u with u = -lr g."""
+    problem, w = Quadratics(), torch.tensor(RING.matrix())
+    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "d2", lr=0.05)
+    x = c = torch.zeros_like(problem.a)
+    for _ in range(30):
+        opt.step(problem.gradient(opt.x))
+        u = -0.05 * problem.gradient(x)
+        new = w @ (x + u + c)
+        x, c = new, new - x - u
+        torch.testing.assert_close(opt.x, x, rtol=1e-11, atol=1e-12)
+
+
+def test_quasi_global_momentum_on_the_complete_graph_is_momentum_sgd_for_mu_zero_only():
+    complete, hyper = topology.complete(8), {"lr": 0.02, "momentum": 0.8}
+    same_path(("qg_dsgdm", {**hyper, "qg_momentum": 0.0}), ("csgdm", hyper), complete)
+    other = run("qg_dsgdm", Quadratics(), complete, 30, **hyper, qg_momentum=0.5)
+    assert (other.x - run("csgdm", Quadratics(), complete, 30, **hyper).x).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "topo", "hyper"),
+    [
+        ("relaysgd", topology.chain(8), {"lr": 0.02, "momentum": 0.5, "fill": "current"}),
+        ("relaysgd", topology.double_binary_trees(8), {"lr": 0.02, "momentum": 0.5}),
+        ("momentum_tracking", RING, {"lr": 0.005, "momentum": 0.6, "init": "zero"}),
+    ],
+    ids=["relaysgd-current", "relaysgd-two-trees", "momentum_tracking-zero"],
+)
+def test_other_starts_and_trees_reach_the_optimum_too(name, topo, hyper):
+    problem = Quadratics()
+    opt = run(name, problem, topo, 4000, **hyper)
+    torch.testing.assert_close(opt.x, problem.optimum.expand_as(opt.x), rtol=0, atol=1e-9)
+
+
 def test_exact_diffusion_is_d2_with_lazy_mixing():
     lazy = topology.from_matrix((np.eye(8) + RING.matrix()) / 2)
     same_path(("exact_diffusion", {"lr": 0.05}), ("d2", {"lr": 0.05}), RING, other_topology=lazy)
@@ -448,7 +484,9 @@ def test_momentum_tracking_mean_is_centralised_heavy_ball_and_corrections_sum_to
         assert opt.state["correction"].sum(0).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("name", ["gradient_tracking", "gradient_tracking_m"])
+@pytest.mark.parametrize(
+    "name", ["gradient_tracking", "gradient_tracking_atc", "gradient_tracking_m", "gradient_tracking_m_n"]
+)
 def test_tracked_gradients_have_the_mean_of_the_gradients(name):
     problem = Quadratics()
     opt = StackedOptimizer(torch.zeros_like(problem.a), RING, name, lr=0.01)

@@ -464,6 +464,19 @@ def test_ngc_alone_is_a_plain_method_in_terms_of_the_mixed_points(name, nesterov
     torch.testing.assert_close(ngc.opt.x, other.opt.x, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_quasi_global_ngc_is_quasi_global_momentum_on_its_combined_gradients(nesterov):
+    ngc = simulator("ngc", topology.ring(5), nesterov=nesterov, quasi_global=True, momentum=0.8, weight_decay=0.01)
+    plain = qgm.StackedOptimizer(
+        ngc.opt.x.clone(), topology.ring(5), "qg_dsgdm_n" if nesterov else "qg_dsgdm", lr=LR, momentum=0.8,
+        qg_momentum=0.8, weight_decay=0.01,
+    )  # fmt: skip
+    for t in range(STEPS):
+        ngc.step(F.cross_entropy, batches(t, 5), lr=lr_at(t))
+        plain.step(ngc.g, lr=lr_at(t))
+        torch.testing.assert_close(ngc.opt.x, plain.x, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("topo", [topology.ring(5), topology.torus(9)], ids=lambda t: t.name)
 def test_ccl_with_heavy_ball_and_no_terms_is_quasi_global_momentum_with_mu_zero(topo):
     ccl = simulator("ccl", topo, nesterov=False, lambda_m=0.0, lambda_d=0.0, weight_decay=0.01, momentum=0.8)

@@ -36,6 +36,7 @@ from qgm_ext.cli_support import (
     fail,
     make_console,
     option,
+    process_group,
     stop_on_signal,
     user_errors,
 )
@@ -137,6 +138,9 @@ def train(
 ) -> None:
     """Train n workers on one machine and show how good their models are.
 
+    Started by torchrun (`torchrun --nproc-per-node 4 -m qgm_ext train ...`), each process is one worker, and the
+    parameters are those of as many workers in one process on one thread. Checkpoints are written by one process only.
+
     With --out the run's files are kept; --resume continues a run that was stopped, to the same result.
     """
     arguments = locals()
@@ -152,6 +156,13 @@ def train(
     console = make_console()
     with contextlib.ExitStack() as stack:
         with user_errors():
+            processes = stack.enter_context(process_group())
+            if processes > 1:
+                if resume is not None:
+                    raise ValueError("--resume continues a run in one process; start it without torchrun")
+                given.setdefault("workers", processes)
+                if int(os.environ["RANK"]) > 0:  # one worker speaks and writes for all
+                    console.quiet, out, tensorboard = True, None, False
             if resume is not None:
                 if out is not None:
                     raise ValueError("give --out for a new run or --resume for an old one, not both")
@@ -170,7 +181,9 @@ def train(
                 training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
             stack.enter_context(training)
         folder = out or resume
-        with _run_errors(folder), stop_on_signal() as stop:
+        # Workers in processes of their own would stop at different steps, and wait for each other.
+        stopping = stop_on_signal() if processes == 1 else contextlib.nullcontext(Stop())
+        with _run_errors(folder), stopping as stop:
             _announce(console, training)
             result = _run(console, training, stop)
         if not result.finished:

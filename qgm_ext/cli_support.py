@@ -14,7 +14,17 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Stop", "fail", "make_console", "option", "stop_on_signal", "user_errors"]
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_USAGE",
+    "Stop",
+    "fail",
+    "make_console",
+    "option",
+    "process_group",
+    "stop_on_signal",
+    "user_errors",
+]
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _PIPE_WIDTH = 110
@@ -63,6 +73,27 @@ def stop_on_signal() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[int]:
+    """Join the other processes if torchrun started several; gives their number, 1 without torchrun.
+
+    Where all of them are on this machine they listen on the loopback interface, unless GLOO_SOCKET_IFNAME names one.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield 1
+        return
+    import torch.distributed as dist
+
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo")
+    try:
+        yield size
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

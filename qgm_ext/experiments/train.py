@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
 import qgm_ext
 from qgm_ext import algorithms, data, models, ops, topology
+from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import curves, events, runfolder
 from qgm_ext.experiments.config import TrainConfig
@@ -53,14 +55,15 @@ class Result:
             left out); with a validation set also validation_accuracy_local_mean,
             validation_accuracy_average and validation_loss_local_mean.
         summary: the last of them, and speed and shares of time.
-        simulator: the trained workers; ``simulator.average_model()`` is the model to use.
+        simulator: the trained workers; ``simulator.average_model()`` is the model to use. In a process group of several
+            processes it is this process's own worker, and that call a collective.
         finished: False if it was stopped before its last step.
     """
 
     config: TrainConfig
     metrics: list[Record]
     summary: Record
-    simulator: Simulator
+    simulator: Simulator | ProcessWorker
     finished: bool
 
 
@@ -227,18 +230,32 @@ class Training:
         with torch.random.fork_rng(devices=[]), _threads(config.threads):
             torch.manual_seed(config.seed)
             model = models.get(config.model, self.dataset.input_shape, self.dataset.num_classes)
-            self._sim = Simulator(
-                model,
-                topology.get(config.topology, config.workers),
-                config.algorithm,
-                engine=config.engine,
-                clip_grad_norm=config.clip,
-                on_nonfinite=config.on_nonfinite,
-                device=self._device,
-                dtype=dtype,
-                lr=config.lr,
-                **config.hyper,
-            )
+            graph = topology.get(config.topology, config.workers)
+            if _has_peers():
+                _check_process(config)
+                self._sim: Simulator | ProcessWorker = ProcessWorker(
+                    model.to(self._device, dtype),
+                    graph,
+                    config.algorithm,
+                    clip_grad_norm=config.clip,
+                    on_nonfinite=config.on_nonfinite,
+                    lr=config.lr,
+                    **config.hyper,
+                )
+            else:
+                self._sim = Simulator(
+                    model,
+                    graph,
+                    config.algorithm,
+                    engine=config.engine,
+                    clip_grad_norm=config.clip,
+                    on_nonfinite=config.on_nonfinite,
+                    device=self._device,
+                    dtype=dtype,
+                    lr=config.lr,
+                    **config.hyper,
+                )
+        self._own_losses: list[Tensor] = []  # of a worker with peers, until they meet for an evaluation
         self.config = config
         self.step = 0
         self._metrics: list[Record] = []
@@ -246,6 +263,8 @@ class Training:
         self._spent = {"gradient": 0.0, "optimizer": 0.0, "evaluation": 0.0, "total": 0.0}
         self._rng: dict[str, Tensor] | None = None
         self.notes: list[str] = []
+        if folder is not None and isinstance(self._sim, ProcessWorker):
+            self.notes.append("no checkpoints are written where each worker has a process of its own")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -328,10 +347,28 @@ class Training:
 
     def _step(self) -> None:
         lr = self._schedule.at(self.step)
-        losses = self._sim.step(functional.cross_entropy, self._batches.at(self.step), lr=lr)
+        batches = self._batches.at(self.step)
+        if isinstance(self._sim, ProcessWorker):
+            x, y = (part[self._sim.worker] for part in batches)
+            self._own_losses.append(self._sim.step(functional.cross_entropy, x, y, lr))
+        else:
+            self._count_losses(self._sim.step(functional.cross_entropy, batches, lr=lr))
+        self.step += 1
+
+    def _count_losses(self, losses: Tensor) -> None:
+        """Add the losses of all workers in one step, [n]."""
         self._loss_sum = self._loss_sum + losses.double().mean()
         self._loss_count += 1
-        self.step += 1
+
+    def _gather_bytes_and_losses(self) -> int:
+        """What all workers together have sent; takes in the losses that workers in processes of their own have kept."""
+        if not isinstance(self._sim, ProcessWorker):
+            return self._sim.opt.bytes_sent
+        if self._own_losses:
+            for losses in self._sim.gather(torch.stack(self._own_losses)).unbind(1):
+                self._count_losses(losses)
+            self._own_losses = []
+        return int(self._sim.gather(torch.tensor(self._sim.opt.bytes_sent)).sum())
 
     def _evaluate(self, seconds: float) -> Record:
         # A small model is faster on one thread, and on a busy machine very much so: a second one is waited for.
@@ -347,6 +384,7 @@ class Training:
                     "validation_accuracy_average": held_out.accuracy_average,
                     "validation_loss_local_mean": held_out.loss_local_mean,
                 }
+        bytes_sent = self._gather_bytes_and_losses()
         record = {
             "step": self.step,
             "epoch": self.step / self._batches.steps_per_epoch,
@@ -358,7 +396,7 @@ class Training:
             **extra,
             "consensus_distance": found.consensus_distance,
             "lr": self._schedule.at(max(self.step - 1, 0)),
-            "bytes_sent": self._sim.opt.bytes_sent,
+            "bytes_sent": bytes_sent,
             "seconds": round(seconds, 3),
             "seconds_training": round(seconds - evaluating, 3),
         }
@@ -402,7 +440,7 @@ class Training:
         return self._spent | {key: self._spent[key] + value for key, value in self._sim.timings._asdict().items()}
 
     def _save_checkpoint(self) -> None:
-        if self._folder is None:
+        if self._folder is None or isinstance(self._sim, ProcessWorker):
             return
         rng = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
@@ -430,6 +468,8 @@ class Training:
             )
         if checkpoint.get("config_digest") != _config_digest(self.config):
             raise ValueError(f"{path} belongs to another run than {runfolder.CONFIG} beside it")
+        if isinstance(self._sim, ProcessWorker):
+            raise ValueError("--resume continues a run in one process; start it without torchrun")
         try:
             self._sim.load_state_dict(checkpoint["simulator"])
             self.step = checkpoint["step"]
@@ -480,6 +520,26 @@ class Training:
             for package in ("qgm_ext", "torch")
             if about.get(package) != mine[package]
         ]
+
+
+def _has_peers() -> bool:
+    """Whether this process is one worker of several: torchrun started it, and it has joined their group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _check_process(config: TrainConfig) -> None:
+    """Refuse what a worker in a process of its own can't do."""
+    if config.workers != dist.get_world_size():
+        raise ValueError(
+            f"workers must be the number of processes, {dist.get_world_size()}, got {config.workers}: one process is "
+            "one worker"
+        )
+    if config.device != "cpu":
+        raise ValueError(f"device must be 'cpu' where each worker has a process of its own, got {config.device!r}")
+    if config.engine not in ("loop", "threads"):
+        raise ValueError(
+            f"engine must be 'loop' or 'threads' where each worker has a process of its own, got {config.engine!r}"
+        )
 
 
 def _partition(config: TrainConfig, dataset: data.Dataset, kept: npt.NDArray[np.int64]) -> data.Partition:

@@ -120,6 +120,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         """The number of this worker, from 0."""
         return self._runtime.worker if isinstance(self._runtime, Peers) else 0
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this worker has sent to others so far, headers and gaps between parameters included."""
+        exchange = self._runtime.exchange if isinstance(self._runtime, Peers) else None
+        return 0 if exchange is None else exchange.bytes_sent
+
     @abc.abstractmethod
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
         """The algorithm of a parameter group; numbers in ``group`` are Python floats and ints.

@@ -1,0 +1,166 @@
+"""ProcessWorker: one worker of a training run in a process of its own, where the Simulator holds all n of them.
+
+It has those methods of :class:`qgm_ext.Simulator` that a training run uses, so that
+:mod:`qgm_ext.experiments.train` runs on either, to the same bits. Models of all workers meet on rank 0 for an
+evaluation and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qgm_ext import ops
+from qgm_ext.engines import BufferSnapshot
+from qgm_ext.evaluate import Evaluation, accuracy_and_loss, evaluation_mode
+from qgm_ext.flat import FlatLayout
+from qgm_ext.optim import Decentralized
+from qgm_ext.stacked import OnNonfinite
+from qgm_ext.timing import Timer, Timings
+from qgm_ext.topology import Topology
+
+__all__ = ["ProcessWorker"]
+
+
+class ProcessWorker:
+    """This process's worker: a model, its optimizer, and evaluations together with the others.
+
+    Building it, :meth:`step`, :meth:`evaluate`, :meth:`gather` and :meth:`average_model` are collectives of the default
+    process group.
+
+    Args:
+        model: with trainable parameters of one dtype on the CPU; trained in place, from the values on rank 0.
+        topology: of as many workers as there are processes.
+        algorithm: a name from :func:`qgm_ext.algorithms.names`.
+        clip_grad_norm, on_nonfinite: as in :class:`qgm_ext.Simulator`.
+        **hyper: hyper-parameters of the algorithm.
+
+    Attributes:
+        model, opt: the module and its optimizer. worker: the number of this worker.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit, or processes were started with different ones.
+    """
+
+    engine = "loop"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        topology: Topology,
+        algorithm: str,
+        *,
+        clip_grad_norm: float | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
+        **hyper: Any,
+    ) -> None:
+        self.model = model
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._layout = FlatLayout(p.shape for p in self._parameters)
+        self.opt = Decentralized(
+            self._parameters,
+            algorithm,
+            topology=topology,
+            clip_grad_norm=clip_grad_norm,
+            on_nonfinite=on_nonfinite,
+            **hyper,
+        )
+        self.worker, self.num_workers = self.opt.worker, self.opt.num_workers
+        self._timer = Timer(torch.device("cpu"))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self._parameters)
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds that this process has spent so far."""
+        return self._timer.seconds()
+
+    def step(self, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, lr: float) -> Tensor:
+        """One step of this worker on its own batch; returns its loss before the step, a scalar.
+
+        Raises:
+            NonFiniteGradientError: as in :class:`qgm_ext.Simulator`, on all workers.
+        """
+        before = BufferSnapshot([self.model])
+        skipped = self.opt.skipped_steps
+        with self._timer.phase("gradient"):
+            self.opt.zero_grad()
+            loss = loss_fn(self.model(x), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.opt.param_groups[0]["lr"] = lr
+        taken = False
+        try:
+            with self._timer.phase("optimizer"):
+                self.opt.step()
+            taken = self.opt.skipped_steps == skipped
+        finally:
+            if not taken:
+                before.restore()
+        return loss.detach()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The same tensor of all workers, [n, ...]."""
+        found = [torch.empty_like(values) for _ in range(self.num_workers)]
+        dist.all_gather(found, values.contiguous())
+        return torch.stack(found)
+
+    def average_model(self) -> nn.Module | None:
+        """On rank 0 a new module with the mean of the workers' parameters and worker 0's buffers, else None."""
+        rows = self._rows()
+        return None if rows is None else self._average(rows)
+
+    def evaluate(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int = 1024,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> Evaluation:
+        """Accuracy and loss of every local model and of the average model, the same on all workers.
+
+        Args, Raises: as :meth:`qgm_ext.Simulator.evaluate`.
+        """
+        with self._timer.phase("evaluation"):
+            with evaluation_mode([self.model]):
+                own = accuracy_and_loss(self.model, x, y, batch_size, loss_fn)
+            local = self.gather(torch.tensor(own, dtype=torch.float64))
+            shared = torch.zeros(3, dtype=torch.float64)
+            rows = self._rows()
+            if rows is not None:
+                average = self._average(rows)
+                with evaluation_mode([average]):
+                    accuracy, loss = accuracy_and_loss(average, x, y, batch_size, loss_fn)
+                shared = torch.tensor([accuracy, loss, float(ops.consensus_distance(rows))], dtype=torch.float64)
+            dist.broadcast(shared, 0)
+            accuracies, losses = (tuple(column.tolist()) for column in local.unbind(1))
+            average_accuracy, average_loss, distance = shared.tolist()
+            return Evaluation(accuracies, losses, average_accuracy, average_loss, distance, len(x))
+
+    def _average(self, rows: Tensor) -> nn.Module:
+        average = copy.deepcopy(self.model)
+        trainable = [p for p in average.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter, stacked in zip(trainable, self._layout.views(rows), strict=True):
+                parameter.copy_(stacked.mean(0))
+        return average
+
+    def _rows(self) -> Tensor | None:
+        """The parameters of all workers on rank 0, [n, D] as in the Simulator; None on the others."""
+        first = self._parameters[0]
+        row = self._layout.allocate(dtype=first.dtype, device="cpu")
+        for view, parameter in zip(self._layout.views(row), self._parameters, strict=True):
+            view.copy_(parameter.detach())
+        found = self._layout.allocate(self.num_workers, dtype=first.dtype, device="cpu") if self.worker == 0 else None
+        # As bytes: Gloo does not know every dtype.
+        into = None if found is None else [one.view(torch.uint8) for one in found]
+        dist.gather(row.view(torch.uint8), into, dst=0)
+        return found

@@ -133,6 +133,7 @@ def cuda_extension(nvcc: str) -> Pybind11Extension:
         library_dirs=[str(toolkit / "lib64"), str(toolkit / "lib")],
         # The static runtime: importing _cuda needs no driver and no CUDA of a certain version.
         libraries=["cudart_static", "rt", "dl", "pthread"],
+        extra_link_args=["-Wl,--strip-all"],  # the names of host functions alone are a megabyte
     )
 
 

@@ -1,0 +1,80 @@
+"""The examples run, write their pictures, and show what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+def test_every_example_is_tested() -> None:
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["consensus", "quadratics", "two_workers"]
+
+
+@pytest.mark.parametrize("algorithm", ["dsgd", "qg_dsgdm", "qg_dsgdm_n"])
+def test_consensus_is_what_theory_expects(algorithm: str) -> None:
+    consensus = example("consensus")
+    for n in (16, 64):
+        found, theory = consensus.simulate(n, algorithm, 60), consensus.expected(n, algorithm, 60)
+        np.testing.assert_allclose(found, theory, rtol=0.06)
+
+
+def test_quasi_global_momentum_is_faster_on_the_long_ring_and_slower_later_on_the_short_one() -> None:
+    expected = example("consensus").expected
+    assert expected(64, "qg_dsgdm", 500)[500] < 0.01 * expected(64, "dsgd", 500)[500]
+    assert expected(16, "qg_dsgdm", 100)[10] < expected(16, "dsgd", 100)[10]
+    assert expected(16, "qg_dsgdm", 100)[100] > 10 * expected(16, "dsgd", 100)[100]
+
+
+def test_consensus_writes_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("consensus").main(tmp_path, dim=50)
+    assert is_picture(tmp_path / "consensus.png")
+    assert "ring of 64" in capsys.readouterr().out
+
+
+def test_two_workers_stray_with_plain_momentum_and_stay_together_with_quasi_global(tmp_path: Path) -> None:
+    two_workers = example("two_workers")
+    plain, quasi_global = (two_workers.simulate(name) for name in ("dsgdm", "qg_dsgdm"))
+
+    def apart(path: np.ndarray) -> float:
+        return float(np.linalg.norm(path[150:, 0] - path[150:, 1], axis=-1).mean())
+
+    assert apart(plain) == pytest.approx(2.0, abs=0.05)  # 2 eta / (1 - beta): pulls of length one add up
+    assert apart(quasi_global) == pytest.approx(0.2, abs=0.01)  # 2 eta: one pull each
+    for path in (plain, quasi_global):
+        assert two_workers.distance_to_segment(path[-100:].mean(axis=1)).mean() < 0.1
+    two_workers.main(tmp_path)
+    assert is_picture(tmp_path / "two_workers.png")
+
+
+def test_quadratics_slow_gossip_down_and_bias_corrected_methods_hardly() -> None:
+    quadratics = example("quadratics")
+    for zeta in (0.0, 10.0):
+        problem = quadratics.make_problem(zeta)
+        at_optimum = problem.gradients(problem.optimum.expand(quadratics.N, -1))
+        assert float((at_optimum**2).sum(1).mean()) == pytest.approx(zeta, abs=1e-12)
+        assert float(at_optimum.mean(0).abs().max()) < 1e-12
+    hard = quadratics.make_problem(10.0)
+    assert quadratics.steps_to_target(hard, "dsgd", "ring", 0.15, 1000) is None
+    assert quadratics.steps_to_target(hard, "exact_diffusion", "ring", 0.15, 200) is not None
+    assert quadratics.steps_to_target(hard, "relaysgd", "chain", 1.0, 200) is not None

@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from qgm_ext import topology
+from qgm_ext.algorithms import base
 from qgm_ext.experiments import results, tables
 from qgm_ext.experiments.comparison import Comparison, from_dict, merge, preset, preset_names, read, run_name
 from qgm_ext.experiments.results import Results, Run, paired_test
@@ -172,7 +173,8 @@ def test_options_replace_what_a_file_says_but_keep_what_it_says_of_a_method():
     assert from_dict(merge(raw, {"algorithms": ["dsgd"]})).methods[0].lrs == (1.0,)
 
 
-def test_a_plugin_file_brings_an_algorithm_from_outside(tmp_path):
+def test_a_plugin_file_brings_an_algorithm_from_outside(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "_registry", dict(base._registry))  # other tests must not see it
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
         "from typing import ClassVar\n"

@@ -84,7 +84,7 @@ class Partition:
 
         Example:
             >>> sorted_partition([1, 0], num_workers=2).within([5, 8]).indices
-            (array([8]), array([5]))
+            [array([8]), array([5])]
         """
         where = _labels(positions)
         self.check_covers(len(where))

@@ -1,8 +1,8 @@
 """Models by name: small ones, sixteen of which train on a laptop, and the paper's for CIFAR-10; ``nn.Sequential`` all.
 
-Those without batch norm and dropout hold no buffers and change nothing in place, so ``torch.func.functional_call`` and
-``vmap`` work on them. Larger ones come from torchvision or transformers: the simulator takes any module. Each says
-which layer's output are its features, the input of the classifier.
+Those without batch norm hold no buffers and change nothing in place, so ``torch.func.functional_call`` and ``vmap``
+work on them. Larger ones come from torchvision or transformers: the simulator takes any module. Each says which layer's
+output are its features, the input of the classifier.
 """
 
 from __future__ import annotations

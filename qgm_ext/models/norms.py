@@ -1,7 +1,6 @@
 """Normalisation of feature maps by name, EvoNorm-S0 among them.
 
-Batch norm keeps running statistics in buffers, which workers never average, and which ``vmap`` can't map over; the
-other two keep none.
+Batch norm keeps running statistics in buffers, which workers never average; the other two keep none.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ __all__ = ["BasicBlock", "resnet20"]
 class BasicBlock(nn.Module):
     """Two convolutions 3x3 with a shortcut, [B, C, H, W] to [B, D, H / stride, W / stride].
 
-    Where the shape changes the shortcut is a convolution 1x1 with normalisation. EvoNorm activates before the sum, the
-    other norms after it.
+    Where the shape changes the shortcut is a convolution 1x1 with normalisation. EvoNorm activates before the sum (that
+    the paper's code places it so is not verified), the other norms after it.
     """
 
     def __init__(self, channels: int, out: int, stride: int, norm: str, groups: int) -> None:

@@ -25,8 +25,8 @@ def vgg11(input_shape: Sequence[int], num_classes: int, slim: int = 1, dropout: 
         input_shape: (channels, height, width) of one image, 32 x 32 or larger.
         num_classes: number of logits.
         slim: divides all widths; a divisor of 64.
-        dropout: share of the classifier's units that is dropped in training, in [0, 1). 0 leaves dropout out, which the
-            engine "vmap" asks for.
+        dropout: share of the classifier's units that is dropped in training, in [0, 1). 0 leaves dropout out, without
+            which the engine "threads" refuses the model: threads would draw in no fixed order.
     Raises: TypeError or ValueError if a size does not fit.
     Example:
         >>> sum(p.numel() for p in vgg11((3, 32, 32), 10).parameters())

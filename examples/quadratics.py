@@ -25,7 +25,7 @@ from torch import Tensor
 import qgm_ext as qgm
 
 N, DIM, TARGET = 32, 10, 1e-6
-PATIENCE = 500  # steps in which the suboptimality must fall by a tenth
+PATIENCE = 500  # steps, or 1 / lr if that is more, in which the suboptimality must fall by a tenth
 HETEROGENEITY = (0.0, 0.1, 10.0)
 LEARNING_RATES = tuple(float(lr) for lr in np.geomspace(1e-4, 2.0, 40))
 # Label: algorithm, topology, published steps for each zeta^2.
@@ -78,13 +78,13 @@ def steps_to_target(problem: Problem, algorithm: str, graph: str, lr: float, lim
     """Steps until the mean is good enough; None if it diverges, stands still or is not there after ``limit`` steps."""
     x = torch.zeros(N, DIM, dtype=torch.float64)
     opt = qgm.StackedOptimizer(x, qgm.topology.get(graph, N), algorithm, lr=lr, **_plain(algorithm))
-    before = float("inf")
+    patience, before = max(PATIENCE, int(1 / lr)), float("inf")
     for step in range(1, limit + 1):
         opt.step(problem.gradients(opt.x))
         error = problem.suboptimality(opt.x)
         if error <= TARGET:
             return step
-        if step % PATIENCE == 0:
+        if step % patience == 0:
             if not error < 0.9 * before:
                 return None
             before = error

@@ -6,7 +6,8 @@ Worker 0 wants to be at (0, 5), worker 1 at (4, 0); each gradient has length one
 optimum, and both average in every step. Every point between the optima is a solution. The average reaches the segment
 with either momentum. But plain local momentum adds up each worker's own pull, which never ends: before they average,
 the workers stray far to both sides. Quasi-global momentum follows what averaging leaves of the pull, so they stay
-together. Prints how far the averaged model is from the segment and how far the workers stray, and writes two_workers.png.
+together. Prints how far the averaged model is from the segment and how far the workers stray, and writes
+two_workers.png.
 
 An illustration after the one in Lin et al. 2021; that paper's exact setting was not verified.
 """
@@ -62,10 +63,8 @@ def main(folder: Path) -> None:
         mean = path.mean(axis=1)
         late = slice(len(path) // 2, None)
         apart = np.linalg.norm(path[:, 0] - path[:, 1], axis=1)
-        print(
-            f"{label:9} in the second half: averaged model {distance_to_segment(mean[late]).mean():.3f} from the segment, "
-            f"workers before averaging: {apart[late].mean():.3f} apart"
-        )
+        off = distance_to_segment(mean[late]).mean()
+        print(f"{label:9} second half: average {off:.3f} off the segment, workers stray {apart[late].mean():.3f} apart")
         for worker in range(2):
             axis.plot(*path[:, worker].T, linewidth=0.8, alpha=0.7, label=f"worker {worker}, before averaging")
         axis.plot(*mean.T, color="black", linewidth=1.2, label="average")

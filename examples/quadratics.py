@@ -15,6 +15,7 @@ Source: Vogels et al., "RelaySum" (NeurIPS 2021, arXiv 2110.04175).
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ LEARNING_RATES = tuple(float(lr) for lr in np.geomspace(1e-4, 2.0, 40))
 # Label: algorithm, topology, published steps for each zeta^2.
 METHODS = {
     "DSGD": ("dsgd", "ring", (13, 1469, 19818)),
-    "D2": ("exact_diffusion", "ring", (18, 34, 54)),
+    "D2": ("d2", "ring", (18, 34, 54)),
     "gradient tracking": ("gradient_tracking_atc", "ring", (10, 301, 641)),
     "RelaySGD": ("relaysgd", "chain", (51, 51, 54)),
     "RelaySGD/Grad": ("relaysgd_grad", "chain", (145, 145, 141)),
@@ -77,6 +78,8 @@ def make_problem(zeta_squared: float, seed: int = 0) -> Problem:
 def steps_to_target(problem: Problem, algorithm: str, graph: str, lr: float, limit: int) -> int | None:
     """Steps until the mean is good enough; None if it diverges, stands still or is not there after ``limit`` steps."""
     x = torch.zeros(N, DIM, dtype=torch.float64)
+    # D2 on a ring of even length is marginally stable, and says so; the curvature of the quadratics damps it.
+    warnings.filterwarnings("ignore", message="d2 ")
     opt = qgm.StackedOptimizer(x, qgm.topology.get(graph, N), algorithm, lr=lr, **_plain(algorithm))
     patience, before = max(PATIENCE, int(1 / lr)), float("inf")
     for step in range(1, limit + 1):
@@ -106,7 +109,7 @@ def best_steps(problem: Problem, algorithm: str, graph: str, limit: int) -> tupl
             best, worse = (found, lr), 0
         elif best is not None:
             worse += 1
-            if worse == 3:  # smaller ones are slower still
+            if worse == 10:  # smaller ones are slower still
                 break
     return best
 

@@ -14,9 +14,10 @@
 namespace qgm::cuda {
 
 constexpr int kFlatThreads = 256;
-// On a multiprocessor, at least: up to 64 registers a thread, 128 where a value takes two of them.
-template <class T>
-constexpr int kFlatBlocks = sizeof(T) == 8 ? 2 : 4;
+// On a multiprocessor, at least: up to 64 registers a thread, 128 where a value takes two of them or a rule moves many
+// vectors.
+template <class Rule, class T>
+constexpr int kFlatBlocks = sizeof(T) == 8 || Rule::kMessages > 1 || Rule::kStates + Rule::kMessages > 3 ? 2 : 4;
 
 // The aligned coordinates are [head, head + vectors V); the rest, in front and behind, go one by one.
 struct Extent {
@@ -68,7 +69,7 @@ QGM_HD void for_coordinates(const Extent& e, int64_t thread, int64_t threads, co
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Rule, Compute<Storage>>)
     local_flat(const LocalStepParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   const Rule rule = for_row(p.rule, p.row_scalars, 0);
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
 }
 
 template <class Rule, class Storage>
-__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Compute<Storage>>)
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Rule, Compute<Storage>>)
     merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   const Rule rule = for_row(p.rule, p.row_scalars, 0);

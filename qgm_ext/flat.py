@@ -30,7 +30,8 @@ class FlatLayout:
         shapes: the shapes, in order.
 
     Attributes:
-        shapes, offsets: of each tensor. size: elements of the buffer, a multiple of ALIGNMENT.
+        shapes, offsets: of each tensor. segments: (offset, number of elements) of each. size: elements of the buffer, a
+            multiple of ALIGNMENT.
 
     Example:
         >>> layout = FlatLayout([(2, 3), (5,)])
@@ -45,6 +46,7 @@ class FlatLayout:
             offsets.append(end)
             end += padded(shape.numel())
         self.offsets = tuple(offsets)
+        self.segments = tuple((offset, shape.numel()) for offset, shape in zip(offsets, self.shapes, strict=True))
         self.size = end
 
     def views(self, buffer: Tensor) -> list[Tensor]:
@@ -53,8 +55,8 @@ class FlatLayout:
             raise ValueError(f"buffer must have {self.size} elements in its last dimension, got {list(buffer.shape)}")
         lead = buffer.shape[:-1]
         return [
-            buffer.narrow(-1, offset, shape.numel()).view((*lead, *shape))
-            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+            buffer.narrow(-1, offset, length).view((*lead, *shape))
+            for (offset, length), shape in zip(self.segments, self.shapes, strict=True)
         ]
 
     def allocate(self, *lead: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -366,7 +366,7 @@ def _segments(layout: FlatLayout | None, dim: int) -> tuple[tuple[int, int], ...
         return ((0, dim),)
     if layout.size != dim:
         raise ValueError(f"layout has {layout.size} elements, but x has rows of {dim}")
-    return tuple((offset, shape.numel()) for offset, shape in zip(layout.offsets, layout.shapes, strict=True))
+    return layout.segments
 
 
 def _numbers(part: Pass | RelayPass) -> Tensor | None:

@@ -253,9 +253,8 @@ class FlatParameters:
             torch._foreach_copy_([self._gather_views[i] for i in active], grads)
         if maximize:
             self._gathered.neg_()
-        segments = tuple((o, s.numel()) for o, s in zip(self._layout.offsets, self._layout.shapes, strict=True))
         found = {name: buffer[None] for name, buffer in self._buffers.items()}
-        return Vectors(self.x[None], self._gathered[None], found, segments), fresh
+        return Vectors(self.x[None], self._gathered[None], found, self._layout.segments), fresh
 
     def advance(self, active: Sequence[int]) -> list[Tensor]:
         """Count a step of the parameters ``active``, and return them."""

@@ -182,6 +182,13 @@ class Algorithm:
         """The state vectors, each of the model's size, in the order of the rule if it is one rule that keeps all."""
         raise NotImplementedError
 
+    @property
+    def can_skip_gossip(self) -> bool:
+        """Whether a worker may take single steps without the others, W = I; not with exact means, relayed sums or
+        copies that neighbours keep of each other.
+        """
+        return True
+
     def state_rows(self, name: str, topology: Topology) -> int:
         """How many rows a state vector has: one for each worker, unless it belongs to something else."""
         return topology.num_workers

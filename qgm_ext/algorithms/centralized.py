@@ -34,6 +34,10 @@ class Csgd(Algorithm):
     any_columns: ClassVar[bool] = True
 
     @property
+    def can_skip_gossip(self) -> bool:
+        return False
+
+    @property
     def rule(self) -> str:
         return "csgd"
 
@@ -66,6 +70,10 @@ class Csgdm(MomentumAlgorithm):
     source: ClassVar[str] = "SGD with all-reduce"
     needs: ClassVar[str] = "none: exact mean"
     any_columns: ClassVar[bool] = True
+
+    @property
+    def can_skip_gossip(self) -> bool:
+        return False
 
     @property
     def rule(self) -> str:
@@ -117,6 +125,10 @@ class Cadam(AdamAlgorithm):
     source: ClassVar[str] = "Kingma, Ba 2015, with all-reduce"
     needs: ClassVar[str] = "none: exact mean"
     any_columns: ClassVar[bool] = True
+
+    @property
+    def can_skip_gossip(self) -> bool:
+        return False
 
     @property
     def rule(self) -> str:

@@ -83,6 +83,10 @@ class ChocoSgd(MomentumAlgorithm):
             )
 
     @property
+    def can_skip_gossip(self) -> bool:
+        return False
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum_buffer", "known_params", "mixed_known_params", "message")
 

@@ -45,6 +45,10 @@ class MomentumTracking(MomentumAlgorithm):
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
 
     @property
+    def can_skip_gossip(self) -> bool:
+        return self.init == "zero"
+
+    @property
     def rule(self) -> str:
         return "momentum_tracking"
 

@@ -65,6 +65,10 @@ class RelaySgd(MomentumAlgorithm):
             raise ValueError(f"fill must be one of {', '.join(get_args(Fill))}, got {self.fill!r}")
 
     @property
+    def can_skip_gossip(self) -> bool:
+        return False
+
+    @property
     def rule(self) -> str:
         if self.momentum == 0.0:
             return "dsgd"
@@ -136,6 +140,10 @@ class RelaySgdGrad(MomentumAlgorithm):
     needs: ClassVar[str] = "tree"
 
     nesterov: bool = True
+
+    @property
+    def can_skip_gossip(self) -> bool:
+        return False
 
     @property
     def rule(self) -> str:

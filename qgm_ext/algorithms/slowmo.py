@@ -48,6 +48,10 @@ class Slowmo(MomentumAlgorithm):
         check_number("slowmo_lr", self.slowmo_lr, low=0.0)
 
     @property
+    def can_skip_gossip(self) -> bool:
+        return False
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum_buffer", "slow_params", "slow_momentum_buffer")
 

@@ -19,6 +19,7 @@ class RuntimeArguments(TypedDict, total=False):
     bucket_mb: float
     broadcast_parameters: bool
     clip_grad_norm: float | None
+    gossip_every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class RuntimeOptions:
         clip_grad_norm: if given, this worker's gradient is scaled to at most this 2-norm before the step, by
             min(1, clip_grad_norm / (norm + 1e-6)) as :func:`torch.nn.utils.clip_grad_norm_` does. The norm is known
             only after the whole backward pass, so nothing is sent before it.
+        gossip_every: average in every so many-th step only; the steps between are local, W = I, and time-varying
+            topologies wait. Refused by algorithms that need the others in every step: exact means, relayed sums,
+            choco_sgd.
 
     Raises:
         TypeError, ValueError: if a value does not fit.
@@ -41,6 +45,7 @@ class RuntimeOptions:
     bucket_mb: float = 25.0
     broadcast_parameters: bool = True
     clip_grad_norm: float | None = None
+    gossip_every: int = 1
 
     def __post_init__(self) -> None:
         _check_positive("timeout", self.timeout)
@@ -49,6 +54,9 @@ class RuntimeOptions:
             _check_positive("clip_grad_norm", self.clip_grad_norm)
         if not isinstance(self.broadcast_parameters, bool):
             raise TypeError(f"broadcast_parameters must be True or False, got {self.broadcast_parameters!r}")
+        every = self.gossip_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"gossip_every must be an integer of at least 1, got {every!r}")
 
     @property
     def bucket_bytes(self) -> int:

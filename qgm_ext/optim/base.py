@@ -8,10 +8,11 @@ parameters in flat buffers (:mod:`qgm_ext.optim.flat_parameters`) and hands the 
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import numbers
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar, get_args
 
@@ -82,6 +83,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
 
     family: ClassVar[str]
     by_passes: ClassVar[bool] = False
+    _gossips = True  # not inside no_gossip()
 
     def __init__(
         self,
@@ -231,6 +233,36 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self._bindings[index : index + 1] = [binding]
         return binding.flat
 
+    @contextlib.contextmanager
+    def no_gossip(self) -> Iterator[None]:
+        """A context in which :meth:`step` takes the local step alone, W = I: nothing is sent, nobody waited for.
+
+        All workers must take the same steps in it; who does not is told by the next message (MessageError or
+        PeerLostError). Time-varying topologies stand still. It is not needed to accumulate gradients: several backward
+        passes before one step() are one step with one average, as with any torch optimizer.
+
+        Raises:
+            ValueError: if the algorithm needs the other workers in every step (exact means, relayed sums, choco_sgd).
+
+        Example:
+            >>> import torch
+            >>> from qgm_ext.optim import QGSGD
+            >>> opt = QGSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+            >>> with opt.no_gossip():
+            ...     opt.step()
+        """
+        for group in self.param_groups:
+            algorithm = self.make_algorithm(_numbers(group))
+            if not algorithm.can_skip_gossip:
+                raise ValueError(
+                    f"{algorithm.name} needs the other workers in every step, so it can't leave out gossip"
+                )
+        before, self._gossips = self._gossips, False
+        try:
+            yield
+        finally:
+            self._gossips = before
+
     # A compiled function that calls it breaks its graph here: what it does hangs on addresses.
     @_disable_dynamo
     @torch.no_grad()
@@ -307,7 +339,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             if bad:
                 self.skipped_steps += 1
                 return
-        peers.step(works)
+        peers.step(works, self._gossips)
         place = 0
         for group, binding in zip(self.param_groups, self._bindings, strict=True):
             place += len(binding.flat)

@@ -100,6 +100,11 @@ class Peers:
                 rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
         for algorithm in algorithms:
             algorithm.check(self.topology, rows)
+            if self.options.gossip_every > 1 and not algorithm.can_skip_gossip:
+                raise ValueError(
+                    f"{algorithm.name} needs the other workers in every step, so gossip_every must be 1, "
+                    f"got {self.options.gossip_every}"
+                )
 
     def _broadcast(self, params: Sequence[Tensor]) -> None:
         exchange = self.exchange
@@ -115,15 +120,16 @@ class Peers:
                 dist.broadcast(value, source, group=exchange.group)
                 p.copy_(value.to(p.device).view(p.dtype).view(p.shape))
 
-    def step(self, works: Sequence[Work]) -> None:
-        """One step of all buffers."""
+    def step(self, works: Sequence[Work], gossip: bool) -> None:
+        """One step of all buffers; without ``gossip`` a local one."""
         for work in works:
             if work.fresh:
                 self._engine.start_state(work.algorithm, work.vectors)
                 work.clock.scalars = work.algorithm.initial_scalars(self.num_workers)
         self._engine.begin_step(self._number)
         for work in works:
-            self._engine.run(work.algorithm, work.vectors, work.lr, work.clock)
+            due = (work.clock.number + 1) % self.options.gossip_every == 0
+            self._engine.run(work.algorithm, work.vectors, work.lr, work.clock, gossip and due)
         self._number += 1
 
     def clip(self, gradients: Sequence[Tensor]) -> None:

@@ -1,0 +1,167 @@
+"""What a step over a process group can do besides averaging: real processes, Gloo, loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from process_pool import ProcessPool
+from qgm_ext import algorithms, topology
+from qgm_ext.distributed import MessageError, PeerLostError
+from qgm_ext.optim import DSGD, QGSGD, Decentralized
+from worker_runs import STEPS, flattened, make_topology, stacked, start_values, take_steps
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    with ProcessPool(3) as made:
+        yield made
+
+
+# Steps without gossip -------------------------------------------------------------------------------------------------
+
+
+def names_without_simulator() -> list[str]:
+    return [name for name in algorithms.names() if not algorithms.get_class(name).needs_simulator]
+
+
+def sequence(name: str, n: int, gossips: list[bool]) -> topology.Topology:
+    """Steps with and without gossip as a topology: the identity, and in between the rounds of ``name`` in turn."""
+    rounds = make_topology(name, n)
+    taken = np.cumsum([0, *gossips])
+    matrices = [rounds.matrix(int(r)) if gossip else np.eye(n) for r, gossip in zip(taken[:-1], gossips, strict=True)]
+    return topology.from_sequence(matrices, allow_disconnected=True)
+
+
+def seldom(rank: int, cases: list[tuple[str, str, int, dict[str, Any]]]) -> list[Tensor]:
+    found = []
+    for name, graph, n, hyper in cases:
+        params = [nn.Parameter(value) for value in start_values(torch.float32)]
+        opt = Decentralized(params, name, topology=make_topology(graph, n), lr=0.1, gossip_every=2, **hyper)
+        take_steps(opt, params, rank, range(STEPS))
+        found.append(flattened(params))
+    return found
+
+
+def by_hand(rank: int, cases: list[tuple[str, str, int, dict[str, Any]]]) -> list[Tensor]:
+    """The same with no_gossip: in the first step and the third, the workers are alone."""
+    found = []
+    for name, graph, n, hyper in cases:
+        params = [nn.Parameter(value) for value in start_values(torch.float32)]
+        opt = Decentralized(params, name, topology=make_topology(graph, n), lr=0.1, **hyper)
+        for step in range(STEPS):
+            if step % 2 == 0:
+                with opt.no_gossip():
+                    take_steps(opt, params, rank, range(step, step + 1))
+            else:
+                take_steps(opt, params, rank, range(step, step + 1))
+        found.append(flattened(params))
+    return found
+
+
+@pytest.mark.parametrize("function", [seldom, by_hand], ids=["gossip_every", "no_gossip"])
+@pytest.mark.filterwarnings("ignore")
+def test_steps_without_gossip_are_those_of_the_identity(pool: ProcessPool, function: Any) -> None:
+    n = 3
+    cases: list[tuple[str, str, int, dict[str, Any]]] = []
+    for k, name in enumerate(names_without_simulator()):
+        if algorithms.get(name, lr=0.1).can_skip_gossip:
+            push_sum = algorithms.get_class(name).any_columns
+            cases.append((name, "ring" if push_sum or k % 2 else "one_peer_exponential", n, {}))
+    cases.append(("momentum_tracking", "ring", n, {"init": "zero"}))
+    assert len(cases) > 15
+    results = pool.run(function, n, cases)
+    for k, (name, graph, _, hyper) in enumerate(cases):
+        expected = stacked(name, sequence(graph, n, [False, True, False, True]), n, torch.float32, hyper)
+        for rank in range(n):
+            assert torch.equal(results[rank][k], expected[rank]), f"{cases[k]}, rank {rank}"
+
+
+def refusals(rank: int, name: str, graph: str) -> tuple[str, str]:
+    params = [nn.Parameter(torch.zeros(3))]
+    with pytest.raises(ValueError, match="gossip_every must be 1, got 4") as at_start:
+        Decentralized(params, name, topology=topology.get(graph, 2), lr=0.1, gossip_every=4)
+    opt = Decentralized(params, name, topology=topology.get(graph, 2), lr=0.1)
+    with pytest.raises(ValueError, match="it can't leave out gossip") as in_context, opt.no_gossip():
+        pass
+    opt.step()  # with gossip, as before
+    return str(at_start.value), str(in_context.value)
+
+
+@pytest.mark.parametrize("name", ["csgd", "csgdm", "csgdm_n", "cadam", "slowmo", "momentum_tracking", "choco_sgd"])
+def test_algorithms_that_need_the_others_in_every_step_say_so(pool: ProcessPool, name: str) -> None:
+    for at_start, in_context in pool.run(refusals, 2, name, "ring"):
+        assert at_start.startswith(f"{name} needs the other workers in every step")
+        assert in_context.startswith(f"{name} needs the other workers in every step")
+
+
+@pytest.mark.parametrize("name", ["relaysgd", "relaysgd_grad"])
+def test_relayed_sums_need_the_others_in_every_step(pool: ProcessPool, name: str) -> None:
+    pool.run(refusals, 2, name, "chain")
+
+
+def test_every_algorithm_says_whether_it_can_skip_gossip() -> None:
+    """Those that must not are the ones that the two tests above name."""
+    refusing = {name for name in names_without_simulator() if not algorithms.get(name, lr=0.1).can_skip_gossip}
+    named = {"csgd", "csgdm", "csgdm_n", "cadam", "slowmo", "momentum_tracking", "choco_sgd", "relaysgd"}
+    assert refusing == named | {"relaysgd_grad"}
+
+
+def alone_on_one_side(rank: int) -> str:
+    params = [nn.Parameter(torch.zeros(3))]
+    opt = DSGD(params, lr=0.1, topology=topology.complete(2), timeout=5.0)
+    if rank == 0:
+        with opt.no_gossip():
+            opt.step()
+    with pytest.raises((MessageError, PeerLostError)) as error:
+        opt.step()
+    return type(error.value).__name__
+
+
+def test_workers_that_do_not_agree_on_gossip_fail(pool: ProcessPool) -> None:
+    assert "MessageError" in pool.run(alone_on_one_side, 2, limit=60.0)
+
+
+def accumulate(rank: int, n: int) -> Tensor:
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    opt = QGSGD(model.parameters(), lr=0.1, topology=topology.ring(n))
+    for step in range(3):
+        opt.zero_grad()
+        for half in range(2):
+            x = torch.full((3, 4), float(1 + rank + 2 * half + step))
+            model(x).square().sum().backward()
+        opt.step()
+    return flattened(list(model.parameters()))
+
+
+def test_gradients_accumulate_over_backward_passes(pool: ProcessPool) -> None:
+    """Two backward passes and one step are the step on the sum of both losses, averaged once."""
+    n = 2
+    models = [nn.Linear(4, 2) for _ in range(n)]
+    momentum = [torch.zeros(10) for _ in range(n)]
+    for model in models:
+        for p in model.parameters():
+            nn.init.constant_(p, 0.5)
+    for step in range(3):
+        halves = []
+        for rank, model in enumerate(models):
+            model.zero_grad()
+            x = [torch.full((3, 4), float(1 + rank + 2 * half + step)) for half in range(2)]
+            model(torch.cat(x)).square().sum().backward()
+            g = torch.cat([p.grad.flatten() for p in model.parameters()])
+            halves.append(flattened(list(model.parameters())) - 0.1 * (g + 0.9 * (0.9 * momentum[rank] + g)))
+        mean = (halves[0] + halves[1]) / 2
+        for rank, model in enumerate(models):
+            old = flattened(list(model.parameters()))
+            momentum[rank] = 0.9 * momentum[rank] + 0.1 * (old - mean) / 0.1
+            nn.utils.vector_to_parameters(mean.clone(), model.parameters())
+    for found in pool.run(accumulate, n, n):
+        torch.testing.assert_close(found, flattened(list(models[0].parameters())), rtol=1e-4, atol=1e-4)

@@ -58,7 +58,7 @@ def test_fused_step(benchmark, n, dim):
     stock = StockQgDsgdmN(opt.x.clone(), torch.tensor(opt.topology.matrix(), dtype=torch.float32), **HYPER)
     algorithm, w, state = opt.algorithm, stock.w, reference.initial_state(opt.algorithm, opt.x)
     compiled = torch.compile(
-        lambda x, g, m: reference.qg_dsgdm_n(algorithm, x, g, {"qg_momentum_buffer": m}, w, 0, 0.1)
+        lambda x, g, m: algorithm.reference_step(x, g, {"qg_momentum_buffer": m}, w, 0, 0.1)
     )
     streams = [array.data_ptr() for array in (x, m, g)]
     times = measure(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qgm_ext.algorithms.base import AdamAlgorithm, register
+import torch
+from torch import Tensor
+
+from qgm_ext.algorithms.base import AdamAlgorithm, State, StepResult, register
 
 
 @register
@@ -41,6 +44,12 @@ class DAdam(AdamAlgorithm):
 
     def hyper(self, step: int, lr: float) -> list[float]:
         return self.adam_hyper(step, lr)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        (b1, b2), g = self.betas, g + self.weight_decay * x
+        m = b1 * state["exp_avg"] + (1 - b1) * g
+        v = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+        return w @ (x - lr * self.reference_direction(m, v, step)), {"exp_avg": m, "exp_avg_sq": v}
 
 
 @register
@@ -82,3 +91,13 @@ class DAmsgrad(AdamAlgorithm):
 
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, *self.betas, self.eps, self.weight_decay]
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        (b1, b2), g = self.betas, g + self.weight_decay * x
+        m = b1 * state["exp_avg"] + (1 - b1) * g
+        v = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+        v_max = torch.maximum(state["max_exp_avg_sq"], v)
+        u_half = w @ state["tracked_sq"]
+        x_new = w @ x - lr * m / u_half.clamp(min=self.eps).sqrt()
+        u = u_half - state["max_exp_avg_sq"] + v_max
+        return x_new, {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v_max, "tracked_sq": u}

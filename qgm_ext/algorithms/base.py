@@ -1,7 +1,7 @@
 """What an algorithm is to the rest of the package: hyper-parameters, state, and the compiled rule that steps it.
 
-The arithmetic is in csrc/rules (and, to be read, in :mod:`qgm_ext.reference`); this file holds the contract and the
-registry, not an algorithm.
+The arithmetic is in csrc/rules (and, to be read, in each algorithm's ``reference_step``); this file holds the contract
+and the registry, not an algorithm.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from qgm_ext.trees import Tree, Trees
 
 if TYPE_CHECKING:
     from qgm_ext.topology import Topology
+
+State = dict[str, Tensor]
+StepResult = tuple[Tensor, State]
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,15 @@ class Algorithm:
         """What a step is made of, in order; after ``yield`` the pass has been run."""
         yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing)
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        """The equations once more in plain PyTorch, written to be read: what tests and benchmarks compare with.
+
+        As the source has them, divisions by the step size included, so that they check the coefficients that the
+        compiled rules fold together. Changes nothing in place; any floating-point dtype. See
+        :func:`qgm_ext.reference.step` for the arguments.
+        """
+        raise NotImplementedError(f"{self.name} has no reference_step")
+
     def check(self, topology: Topology, x: Tensor) -> None:
         """Refuse, or warn of, a topology or a start that this algorithm can't work with; called once, before steps."""
         if not self.any_columns and not topology.is_doubly_stochastic:
@@ -291,6 +303,12 @@ class AdamAlgorithm(Algorithm):
         b1, b2 = self.betas
         corrections = [1.0 - b1 ** (step + 1), math.sqrt(1.0 - b2 ** (step + 1))]
         return [lr, b1, b2, self.eps, self.weight_decay, *corrections]
+
+    def reference_direction(self, m: Tensor, v: Tensor, step: int) -> Tensor:
+        """Adam's direction with its bias corrections, t = step + 1, for :meth:`reference_step`."""
+        b1, b2 = self.betas
+        t = step + 1
+        return m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + self.eps)
 
 
 _registry: dict[str, type[Algorithm]] = {}

@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qgm_ext.algorithms.base import AdamAlgorithm, Algorithm, MomentumAlgorithm, Pass, Step, mean_mixing, register
+from torch import Tensor
+
+from qgm_ext.algorithms.base import (
+    AdamAlgorithm,
+    Algorithm,
+    MomentumAlgorithm,
+    Pass,
+    State,
+    Step,
+    StepResult,
+    mean_mixing,
+    register,
+)
 
 
 def mean_pass(algorithm: Algorithm, step: Step) -> Iterator[Pass]:
@@ -51,6 +63,9 @@ class Csgd(Algorithm):
     def passes(self, step: Step) -> Iterator[Pass]:
         return mean_pass(self, step)
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        return x - lr * (g.mean(0) + self.weight_decay * x), {}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +104,10 @@ class Csgdm(MomentumAlgorithm):
     def passes(self, step: Step) -> Iterator[Pass]:
         return mean_pass(self, step)
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        m = self.momentum * state["momentum_buffer"] + g.mean(0) + self.weight_decay * x
+        return x - lr * m, {"momentum_buffer": m}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +119,11 @@ class CsgdmN(Csgdm):
     """
 
     name: ClassVar[str] = "csgdm_n"
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g.mean(0) + self.weight_decay * x
+        m = self.momentum * state["momentum_buffer"] + g
+        return x - lr * (g + self.momentum * m), {"momentum_buffer": m}
 
 
 @register
@@ -143,3 +167,9 @@ class Cadam(AdamAlgorithm):
 
     def passes(self, step: Step) -> Iterator[Pass]:
         return mean_pass(self, step)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        (b1, b2), g = self.betas, g.mean(0) + self.weight_decay * x
+        m = b1 * state["exp_avg"] + (1 - b1) * g
+        v = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+        return x - lr * self.reference_direction(m, v, step), {"exp_avg": m, "exp_avg_sq": v}

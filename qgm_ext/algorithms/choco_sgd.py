@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from qgm_ext import compressors
-from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, Step, check_number, identity_mixing, register
+from qgm_ext.algorithms.base import (
+    MomentumAlgorithm,
+    Pass,
+    RelayPass,
+    State,
+    Step,
+    StepResult,
+    check_number,
+    identity_mixing,
+    register,
+)
 from qgm_ext.topology import Topology
 
 Order = Literal["atc", "cta"]
@@ -133,3 +143,17 @@ class ChocoSgd(MomentumAlgorithm):
                 part = vectors[row : row + count, first : first + length]
                 out[row : row + count, first : first + length] = compressor(part, sources[row : row + count])
         return out
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        m = self.momentum * state["momentum_buffer"] + g + self.weight_decay * x
+        direction = g + self.weight_decay * x + self.momentum * m if self.nesterov else m
+        known = state["known_params"]
+        x = x - lr * direction
+        if self.order == "cta":
+            x = x + self.gamma * (w @ known - known)
+        q = x - known
+        q = self.compress(q, step)
+        known = known + q
+        if self.order == "atc":
+            x = x + self.gamma * (w @ known - known)
+        return x, {"momentum_buffer": m, "known_params": known, "mixed_known_params": w @ known, "message": q}

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from qgm_ext.algorithms.base import Algorithm, Pass, Step, register
+from qgm_ext.algorithms.base import Algorithm, Pass, State, Step, StepResult, register
 from qgm_ext.topology import Topology
 
 # At -1/3 (a ring with an even number of workers) mixing no longer shrinks the error of D2; rounding may be either side.
@@ -60,6 +61,12 @@ class D2(Algorithm):
                 stacklevel=4,
             )
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        x_before = x - state["difference"]
+        x_new = w @ (x - lr * g if step == 0 else 2 * x - x_before - lr * (g - state["previous_grad"]))
+        return x_new, {"difference": x_new - x, "previous_grad": g}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +92,11 @@ class D2Plus(D2):
     @property
     def state_names(self) -> tuple[str, ...]:
         return ("correction",)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        x_new = w @ (x - lr * (state["correction"] + g))
+        return x_new, {"correction": (x - x_new) / lr - g}
 
 
 @register
@@ -119,3 +131,10 @@ class ExactDiffusion(Algorithm):
 
     def passes(self, step: Step) -> Iterator[Pass]:
         yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing.relaxed(0.5))
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        psi = x - lr * (g + self.weight_decay * x)
+        psi_before = x - state["correction"]
+        lazy = (torch.eye(len(w), dtype=w.dtype) + w) / 2
+        x_new = lazy @ (psi + x - psi_before)
+        return x_new, {"correction": x_new - psi}

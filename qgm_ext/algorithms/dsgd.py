@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qgm_ext.algorithms.base import Algorithm, MomentumAlgorithm, register
+from torch import Tensor
+
+from qgm_ext.algorithms.base import Algorithm, MomentumAlgorithm, State, StepResult, register
 
 
 @register
@@ -41,6 +43,10 @@ class Dsgd(Algorithm):
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, self.weight_decay]
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        return w @ (x - lr * g), {}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,9 @@ class DsgdCta(Dsgd):
     @property
     def rule(self) -> str:
         return "dsgd_cta"
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        return w @ x - lr * (g + self.weight_decay * x), {}
 
 
 @register
@@ -95,6 +104,11 @@ class Dsgdm(MomentumAlgorithm):
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, self.momentum, self.weight_decay]
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        m = self.momentum * state["momentum_buffer"] + g
+        return w @ (x - lr * m), {"momentum_buffer": m}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +120,8 @@ class DsgdmN(Dsgdm):
     """
 
     name: ClassVar[str] = "dsgdm_n"
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        m = self.momentum * state["momentum_buffer"] + g
+        return w @ (x - lr * (g + self.momentum * m)), {"momentum_buffer": m}

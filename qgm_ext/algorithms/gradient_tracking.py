@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qgm_ext.algorithms.base import Algorithm, MomentumAlgorithm, register
+from torch import Tensor
+
+from qgm_ext.algorithms.base import Algorithm, MomentumAlgorithm, State, StepResult, register
 
 
 @register
@@ -38,6 +40,11 @@ class GradientTracking(Algorithm):
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, self.weight_decay]
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        y = state["correction"] + g
+        return w @ x - lr * y, {"correction": w @ y - g}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,10 @@ class GradientTrackingAtc(GradientTracking):
 
     name: ClassVar[str] = "gradient_tracking_atc"
     source: ClassVar[str] = "Vogels et al. 2021, arXiv 2110.04175 (baseline)"
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        u, c = -lr * (g + self.weight_decay * x), state["correction"]
+        return w @ (x + u + c), {"correction": w @ (c + u) - u}
 
 
 @register
@@ -88,6 +99,12 @@ class GradientTrackingM(MomentumAlgorithm):
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, self.momentum, self.weight_decay]
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        y = state["correction"] + g
+        m = self.momentum * state["momentum_buffer"] + y
+        return w @ x - lr * m, {"correction": w @ y - g, "momentum_buffer": m}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +116,10 @@ class GradientTrackingMN(GradientTrackingM):
     """
 
     name: ClassVar[str] = "gradient_tracking_m_n"
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        y = state["correction"] + g
+        m = self.momentum * state["momentum_buffer"] + y
+        x_new = w @ x - lr * (y + self.momentum * m)
+        return x_new, {"correction": w @ y - g, "momentum_buffer": m}

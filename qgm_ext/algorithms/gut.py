@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from qgm_ext.algorithms.base import Algorithm, Pass, Step, check_number, register
+from qgm_ext.algorithms.base import Algorithm, Pass, State, Step, StepResult, check_number, register
 from qgm_ext.topology import Topology
 
 
@@ -81,6 +82,26 @@ class _Tracking(Algorithm):
     def passes(self, step: Step) -> Iterator[Pass]:
         hyper = [step.lr, step.previous_lr, self._form[0], self.scaling, self.weight_decay, self.gamma]
         yield Pass(self.rule, hyper, self.state_names, step.mixing)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        """GUT and QG-GUTm; x = p + gamma r with a worker's own model p; the state's correction is y - g."""
+        beta, nesterov = getattr(self, "momentum", 0.0), getattr(self, "nesterov", False)
+        b = 1 + beta + (beta * beta if nesterov else 0)
+        lr_before = float(state["previous_lr"]) if step else lr
+        g, r = g + self.weight_decay * x, state["mixing_displacement"]
+        delta = g - r / lr_before
+        y = g + state["correction"]
+        own, m = x - self.gamma * r, None
+        if "momentum_buffer" in state:
+            m = beta * state["momentum_buffer"] + y
+            y = y + beta * m if nesterov else m
+        own_new = own - lr * y + (self.gamma - self.gamma**2) * r
+        r_new = w @ own_new - own_new
+        # The next y is g - r_new / lr - (mu / lr) [W (own_new - own) + B (W - I) own] - mu delta.
+        correction = -r_new / lr - self.scaling / lr * (w @ own_new - (own + r) + b * r) - self.scaling * delta
+        out = {"mixing_displacement": r_new, "correction": correction, "previous_lr": torch.tensor(lr, dtype=x.dtype)}
+        x_new = own_new + self.gamma * r_new
+        return x_new, out if m is None else {**out, "momentum_buffer": m}
 
 
 @register

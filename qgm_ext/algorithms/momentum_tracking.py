@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, Step, mean_mixing, register
+from torch import Tensor
+
+from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, State, Step, StepResult, mean_mixing, register
 
 Init = Literal["allreduce", "zero"]
 
@@ -65,6 +67,13 @@ class MomentumTracking(MomentumAlgorithm):
             yield Pass("momentum_tracking_start", [self.momentum], self.state_names, mean, exact_mean=True)
         yield from super().passes(step)
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        u, c = state["momentum_buffer"], state["correction"]
+        if step == 0 and self.init == "allreduce":
+            u = c = (g - g.mean(0)) / (1 - self.momentum)
+        u = self.momentum * u + g + self.weight_decay * x
+        return w @ x - lr * (u - c), {"momentum_buffer": u, "correction": w @ (c - u) + u}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +106,8 @@ class DecentLam(MomentumAlgorithm):
 
     def hyper(self, step: int, lr: float) -> list[float]:
         return [lr, self.momentum, self.weight_decay]
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        m = self.momentum * state["momentum_buffer"] + (x - w @ (x - lr * g)) / lr
+        return x - lr * m, {"momentum_buffer": m}

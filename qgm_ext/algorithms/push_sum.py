@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, Step, check_number, register
+from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, State, Step, StepResult, check_number, register
 
 
 @register
@@ -70,6 +70,15 @@ class Sgp(MomentumAlgorithm):
         yield Pass(self.rule, hyper, self.state_names, mixing, step.row_scalars(step.own(old), step.own(new)))
         step.scalars["push_sum_weight"] = new
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        mass = state["push_sum_weight"][:, None]
+        z = mass * x
+        m = self.momentum * state["momentum_buffer"] + g + self.weight_decay * z
+        z = z - lr * m
+        z = z + self.gamma * (w @ z - z)
+        mass = mass + self.gamma * (w @ mass - mass)
+        return z / mass, {"momentum_buffer": m, "push_sum_weight": mass[:, 0]}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +108,15 @@ class QgSgp(Sgp):
     @property
     def state_names(self) -> tuple[str, ...]:
         return ("qg_momentum_buffer",)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        beta, m_hat, mass = self.momentum, state["qg_momentum_buffer"], state["push_sum_weight"][:, None]
+        z = mass * x
+        g = g + self.weight_decay * z
+        d = g + beta * (beta * m_hat + g)
+        m_hat = beta * m_hat + (1 - beta) * d
+        z = z - lr * d
+        r = self.gamma * (w @ z - z)
+        mass = mass + self.gamma * (w @ mass - mass)
+        m_hat = m_hat - (1 - beta) * r / (lr * mass)
+        return (z + r) / mass, {"qg_momentum_buffer": m_hat, "push_sum_weight": mass[:, 0]}

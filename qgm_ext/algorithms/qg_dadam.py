@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qgm_ext import ops
-from qgm_ext.algorithms.base import AdamAlgorithm, Pass, Step, check_number, register
+from qgm_ext.algorithms.base import AdamAlgorithm, Pass, State, Step, StepResult, check_number, register
 
 Variant = Literal["v0", "v1", "v2"]
 
@@ -85,3 +85,22 @@ class QgDadam(AdamAlgorithm):
         scalars = step.row_scalars(per_norm.to(step.x.device), scale.to(step.x.device))
         yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing, scalars)
         step.scalars["difference_norm"] = step.with_own(norms, ops.squared_norms(step.state["difference"]).sqrt())
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        """The moments in the state are those before the last difference went in: they take it here, at the start."""
+        b1, b2 = self.betas
+        d = state["difference"] / (state["difference"].norm(dim=1, keepdim=True) + self.normalization_eps)
+        v_hat = b2 * state["qg_exp_avg_sq"] + (1 - b2) * d * d
+        if self.variant == "v1":
+            g = g / (g.norm(dim=1, keepdim=True) + self.normalization_eps)
+        g = g + self.weight_decay * x
+        if self.variant == "v2":
+            m = kept = b1 * state["exp_avg"] + (1 - b1) * g
+        else:
+            kept = b1 * state["qg_exp_avg"] + (1 - b1) * d
+            m = b1 * kept + (g if self.variant == "v0" else (1 - b1) * g)
+        v = b2 * v_hat + (1 - b2) * g * g
+        x_new = w @ (x - lr * self.reference_direction(m, v, step))
+        delta = x - x_new
+        name = "exp_avg" if self.variant == "v2" else "qg_exp_avg"
+        return x_new, {name: kept, "qg_exp_avg_sq": v_hat, "difference": delta, "difference_norm": delta.norm(dim=1)}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qgm_ext.algorithms.base import Algorithm, check_number, register
+import torch
+from torch import Tensor
+
+from qgm_ext.algorithms.base import Algorithm, State, StepResult, check_number, register
 
 
 @register
@@ -65,6 +68,26 @@ class QgDsgdm(Algorithm):
             return common
         return [*common, float(self.local_step), float(step % self.local_step == 0)]
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        m = self.momentum * state["qg_momentum_buffer"] + g
+        x_new = w @ (x - lr * m)
+        return x_new, self._quasi_global(x, x_new, state, step, lr)
+
+    def _quasi_global(self, x: Tensor, x_new: Tensor, state: State, step: int, lr: float) -> State:
+        """m_hat after a step: it takes the model difference, or every k-th step the mean of k of them."""
+        m_hat = state["qg_momentum_buffer"]
+        if lr == 0:
+            return dict(state)
+        difference = (x - x_new) / lr
+        if self.local_step == 1:
+            return {"qg_momentum_buffer": self.qg_momentum * m_hat + (1 - self.qg_momentum) * difference}
+        total = state["difference_sum"] + difference
+        if step % self.local_step != 0:
+            return {"qg_momentum_buffer": m_hat, "difference_sum": total}
+        m_hat = self.qg_momentum * m_hat + (1 - self.qg_momentum) * total / self.local_step
+        return {"qg_momentum_buffer": m_hat, "difference_sum": torch.zeros_like(total)}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +101,9 @@ class QgDsgdmN(QgDsgdm):
     """
 
     name: ClassVar[str] = "qg_dsgdm_n"
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        g = g + self.weight_decay * x
+        m = self.momentum * state["qg_momentum_buffer"] + g
+        x_new = w @ (x - lr * (g + self.momentum * m))
+        return x_new, self._quasi_global(x, x_new, state, step, lr)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, Step, register
+from qgm_ext import reference
+from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, RelayPass, State, Step, StepResult, register
 from qgm_ext.algorithms.gut import check_equal_start
 from qgm_ext.topology import Topology
 from qgm_ext.trees import Tree, Trees
@@ -24,6 +25,14 @@ def _own_counts(trees: Trees, step: int) -> Tensor:
     """How often a worker's own model counts where those not yet heard of are replaced by it: n - K_i, [K, n]."""
     n = trees.trees[0].num_workers
     return torch.from_numpy(n - trees.reached(step).astype(np.float64))
+
+
+def _reference_direction(a: RelaySgd | RelaySgdGrad, x: Tensor, g: Tensor, state: State) -> StepResult:
+    g = g + a.weight_decay * x
+    if a.momentum == 0:
+        return g, {}
+    m = a.momentum * state["momentum_buffer"] + g
+    return (g + a.momentum * m if a.nesterov else m), {"momentum_buffer": m}
 
 
 @register
@@ -115,6 +124,16 @@ class RelaySgd(MomentumAlgorithm):
         hyper = self.hyper(step.number, step.lr)
         yield RelayPass(self.rule, hyper, self._vectors, "relay_messages", trees, counts)
 
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        """With fill "initial" the first messages hold the initial parameters of all that are not yet heard of."""
+        direction, kept = _reference_direction(self, x, g, state)
+        x_half, n = x - lr * direction, len(x)
+        messages, received = reference.relay(w, x_half, state["relay_messages"])
+        own = torch.ones(n, 1, dtype=x.dtype)
+        if self.fill == "current":
+            own = (n - ((reference.tree_distances(w) <= step + 1).sum(1) - 1)).to(x.dtype)[:, None]
+        return (own * x_half + received) / n, {**kept, "relay_messages": messages}
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -174,3 +193,8 @@ class RelaySgdGrad(MomentumAlgorithm):
         counts = torch.ones(len(trees.trees), step.num_workers, dtype=torch.float64)
         hyper = self.hyper(step.number, step.lr)
         yield RelayPass(self.rule, hyper, self._vectors, "relay_messages", trees, counts)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        direction, kept = _reference_direction(self, x, g, state)
+        messages, received = reference.relay(w, -lr * direction, state["relay_messages"])
+        return x + (received - lr * direction) / len(x), {**kept, "relay_messages": messages}

@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qgm_ext.algorithms.base import MomentumAlgorithm, Pass, Step, check_number, mean_mixing, register
+from torch import Tensor
+
+from qgm_ext.algorithms.base import (
+    MomentumAlgorithm,
+    Pass,
+    State,
+    Step,
+    StepResult,
+    check_number,
+    mean_mixing,
+    register,
+)
+from qgm_ext.algorithms.dsgd import DsgdmN
 
 
 @register
@@ -64,3 +76,13 @@ class Slowmo(MomentumAlgorithm):
             slow = [step.lr, self.slowmo_momentum, self.slowmo_lr]
             mean = mean_mixing(step.num_workers)
             yield Pass("slowmo_outer", slow, ("slow_params", "slow_momentum_buffer"), mean, exact_mean=True)
+
+    def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
+        inner_step = DsgdmN(lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        x, inner = inner_step.reference_step(x, g, state, w, step, lr)
+        s, u = state["slow_params"], state["slow_momentum_buffer"]
+        if step % self.slowmo_period == 0:
+            u = self.slowmo_momentum * u + (s - x.mean(0)) / lr
+            s = s - self.slowmo_lr * lr * u
+            x = s.clone()
+        return x, {**inner, "slow_params": s, "slow_momentum_buffer": u}

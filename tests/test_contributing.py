@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md: an algorithm from outside the package, and a rule that the build would find."""
+"""The examples of CONTRIBUTING.md: an algorithm from outside the package, and one with a rule of its own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from qgm_ext import StackedOptimizer, algorithms, topology
+from qgm_ext import StackedOptimizer, algorithms, reference, topology
 from qgm_ext.algorithms import base
 
 ROOT = Path(__file__).parent.parent
@@ -24,9 +26,15 @@ def example(kind: str) -> str:
     return found[1]
 
 
+def run_example(kind: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "outside"}
+    exec(compile(example(kind), "CONTRIBUTING.md", "exec", dont_inherit=True), names)
+    return names
+
+
 @pytest.fixture
 def seldom_dsgdm():
-    exec(compile(example("python"), "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "outside"})
+    run_example("python")
     yield "seldom_dsgdm"
     del base._registry["seldom_dsgdm"]
 
@@ -86,3 +94,22 @@ def test_a_rule_from_outside_compiles_and_steps(tmp_path):
     out = subprocess.run([str(tmp_path / "step")], capture_output=True, text=True, check=True).stdout
     # Local steps: (0.5, 2.5) and (3, 3.5); their mean.
     assert out == "sign_dsgd 1.75 3 1.75 3"
+
+
+def test_the_new_rule_has_a_python_file_and_a_row():
+    """They give what the compiled rule gives, on the same numbers."""
+    x, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, -5.0], [0.0, 1.0]])
+    expected = torch.tensor([[1.75, 3.0], [1.75, 3.0]])
+    run_example("algorithm")
+    try:
+        algorithm = algorithms.get("sign_dsgd", lr=0.5)
+        w = torch.full((2, 2), 0.5)
+        assert torch.equal(reference.step(algorithm, x, g, {}, w)[0], expected)
+        names = run_example("row")
+        assert names["ALGORITHMS"].keys() == names["RULES"].keys() == {algorithm.rule}
+        text = names["RULES"][algorithm.rule].text(np.float32, algorithm.hyper(0, 0.5))
+        half = [text.local(x[i].numpy(), g[i].numpy(), [])[0] for i in range(2)]
+        mixed = (half[0] + half[1]) * np.float32(0.5)
+        assert [text.merge(x[i].numpy(), g[i].numpy(), [], [mixed]).tolist() for i in range(2)] == expected.tolist()
+    finally:
+        del base._registry["sign_dsgd"]

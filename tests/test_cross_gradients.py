@@ -1,7 +1,6 @@
 """The algorithms that only the Simulator can run, against slow texts of their equations, one worker after the other.
 
-The texts are written in the authors' order (mix, gradients, descend) with plain autograd on copies of one module for
-each worker, so they share nothing with the package but the mixing matrix. An algorithm without a row fails here.
+The texts are in rows, beside what else is known of each algorithm.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,274 +21,12 @@ from qgm_ext.cross_gradients import CrossOptimizer, Links
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.train import run as train
 from qgm_ext.stacked import NonFiniteGradientError
+from rows import ALGORITHMS
+from rows.base import Quadratics
+from rows.slow import CLASSES, F64, FEATURES, LR, batches, flat, lr_at, smooth_mlp
 
-FEATURES, CLASSES, BATCH = 4, 3, 6
-LR, DROPPED_LR, DROP_AT, STEPS = 0.3, 0.05, 4, 8
-F64 = torch.float64
-
-
-def smooth_mlp():
-    """Batch statistics and features, all smooth."""
-    torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, CLASSES)
-    ).to(F64)
-    return models.declare_feature_layer(model, "4")
-
-
-def batches(step, n):
-    rng = np.random.RandomState(1000 + step)
-    centres = rng.randn(n, 1, FEATURES)
-    inputs = torch.tensor(centres + rng.randn(n, BATCH, FEATURES))
-    # Each worker sees two of the three classes.
-    targets = torch.tensor((rng.randint(0, 2, (n, BATCH)) + np.arange(n)[:, None]) % CLASSES)
-    return inputs, targets
-
-
-def lr_at(step):
-    return LR if step < DROP_AT else DROPPED_LR
-
-
-# The slow texts -------------------------------------------------------------------------------------------------------
-
-
-def flat(parameters):
-    return torch.cat([p.detach().flatten() for p in parameters])
-
-
-class Worker:
-    """One worker: a module with its own buffers, and nothing of the others."""
-
-    def __init__(self, model):
-        self.model = copy.deepcopy(model)
-
-    def module_at(self, p, train=True):
-        """A copy of the worker's module with other parameters; its buffers stay."""
-        module = copy.deepcopy(self.model).train(train)
-        nn.utils.vector_to_parameters(p, module.parameters())
-        return module
-
-    def gradient(self, p, batch, own=False):
-        module = self.module_at(p)
-        g = flat(torch.autograd.grad(F.cross_entropy(module(batch[0]), batch[1]), list(module.parameters())))
-        if own:  # only here do batch statistics count
-            self.model.load_state_dict({**self.model.state_dict(), **dict(module.named_buffers())})
-        return g
-
-    def sharp_gradient(self, p, batch, rho, own=False):
-        g = self.gradient(p, batch, own)
-        return self.gradient(p + rho * g / (g.norm() + 1e-12), batch) if rho else g
-
-
-def per_tensor(model, vector, compress):
-    parts = torch.split(vector, [p.numel() for p in model.parameters()])
-    return torch.cat([compress(part) for part in parts])
-
-
-def scaled_sign(v):
-    return torch.sign(v) * v.abs().sum() / len(v)
-
-
-def neighbours(w, i):
-    return [j for j in range(len(w)) if j != i and w[i, j] != 0]
-
-
-def slow_saddle(a, model, start, topo, steps):
-    n = len(start)
-    workers, x = [Worker(model) for _ in range(n)], list(start)
-    m_hat = [torch.zeros_like(start[0]) for _ in range(n)]
-    for t in range(steps):
-        w, lr, data = topo.matrix(t), lr_at(t), list(zip(*batches(t, n), strict=True))
-        half = []
-        for i in range(n):
-            g = workers[i].sharp_gradient(x[i], data[i], a.rho, own=True) + a.weight_decay * x[i]
-            m = a.momentum * m_hat[i] + g
-            half.append(x[i] - lr * (g + a.momentum * m if a.nesterov else m))
-        for i in range(n):
-            new = sum(w[i, j] * half[j] for j in range(n))
-            m_hat[i] = a.qg_momentum * m_hat[i] + (1 - a.qg_momentum) * (x[i] - new) / lr
-            x[i] = new
-    return {"x": x, "qg_momentum_buffer": m_hat}, workers
-
-
-def slow_comp_saddle(a, model, start, topo, steps):
-    n = len(start)
-    workers, x = [Worker(model) for _ in range(n)], list(start)
-    m_hat = [torch.zeros_like(start[0]) for _ in range(n)]
-    public = [p.clone() for p in start]
-    for t in range(steps):
-        w, lr, data = topo.matrix(t), lr_at(t), list(zip(*batches(t, n), strict=True))
-        half = []
-        for i in range(n):
-            g = workers[i].sharp_gradient(x[i], data[i], a.rho, own=True) + a.weight_decay * x[i]
-            m = a.momentum * m_hat[i] + g
-            half.append(x[i] - lr * (g + a.momentum * m if a.nesterov else m))
-        public = [public[i] + per_tensor(model, half[i] - public[i], scaled_sign) for i in range(n)]
-        for i in range(n):
-            new = half[i] + a.gamma * (sum(w[i, j] * public[j] for j in range(n)) - public[i])
-            m_hat[i] = a.qg_momentum * m_hat[i] + (1 - a.qg_momentum) * (x[i] - new) / lr
-            x[i] = new
-    return {"x": x, "qg_momentum_buffer": m_hat, "public_params": public}, workers
-
-
-def mixed(p, w, gamma):
-    return [p[i] + gamma * (sum(w[i, j] * p[j] for j in range(len(p))) - p[i]) for i in range(len(p))]
-
-
-def slow_ngc(a, model, start, topo, steps):
-    n, rho, compressed = len(start), getattr(a, "rho", 0.0), a.name.startswith("comp")
-    workers, p = [Worker(model) for _ in range(n)], list(start)
-    m = [torch.zeros_like(start[0]) for _ in range(n)]
-    previous_x, previous_lr = p, lr_at(0)
-    error: dict[tuple[int, int], torch.Tensor] = {}
-
-    def sent(i, j, g):
-        if not compressed:
-            return g
-        total = error.get((i, j), torch.zeros_like(g)) + g
-        c = per_tensor(model, total, scaled_sign)
-        error[i, j] = total - c
-        return c
-
-    def mix(t):
-        x = mixed(p, topo.matrix(t), a.gamma)
-        if a.quasi_global:
-            for i in range(n):
-                m[i] = a.momentum * m[i] + (1 - a.momentum) * (previous_x[i] - x[i]) / previous_lr
-        return x
-
-    for t in range(steps):
-        w, lr, data = topo.matrix(t), lr_at(t), list(zip(*batches(t, n), strict=True))
-        x = mix(t)
-        own = [sent(i, i, workers[i].sharp_gradient(x[i], data[i], rho, own=True)) for i in range(n)]
-        cross = {
-            (i, j): sent(i, j, workers[i].sharp_gradient(p[j], data[i], rho))
-            for i in range(n)
-            for j in neighbours(w, i)
-        }
-        new_p = []
-        for i in range(n):
-            around = neighbours(w, i)
-            local = (own[i] + sum(cross[i, j] for j in around)) / (len(around) + 1)
-            data_variant = own[i] + sum(cross[j, i] for j in around if (j, i) in cross)
-            g = (1 - a.alpha) * local + a.alpha * data_variant / (len(around) + 1) + a.weight_decay * x[i]
-            buffer = a.momentum * m[i] + g
-            new_p.append(x[i] - lr * (g + a.momentum * buffer if a.nesterov else buffer))
-            if not a.quasi_global:
-                m[i] = buffer
-        p, previous_x, previous_lr = new_p, x, lr
-    x = mix(steps)
-    found = {"x": x, "sent_params": p, a.momentum_name: m}
-    if compressed:
-        found["own_error_memory"] = [error[i, i] for i in range(n)]
-        found["link_error_memory"] = [error[i, j] for i in range(n) for j in neighbours(topo.matrix(), i)]
-    return found, workers
-
-
-def slow_ccl(a, model, start, topo, steps):
-    n, beta = len(start), a.momentum
-    workers, p = [Worker(model) for _ in range(n)], list(start)
-    m = [torch.zeros_like(start[0]) for _ in range(n)]
-    previous_lr = lr_at(0)
-
-    def mix(t):
-        x = mixed(p, topo.matrix(t), a.gamma)
-        for i in range(n):
-            m[i] = m[i] - (x[i] - p[i]) / previous_lr
-        return x
-
-    def features(module, inputs):
-        return module[:5](inputs)
-
-    for t in range(steps):
-        w, lr, data = topo.matrix(t), lr_at(t), list(zip(*batches(t, n), strict=True))
-        x = mix(t)
-        new_p = []
-        for i in range(n):
-            inputs, y = data[i]
-            module = workers[i].module_at(x[i])
-            z = features(module, inputs)
-            loss = F.cross_entropy(module[5:](z), y)
-            received = []
-            for j in neighbours(w, i):
-                zc = features(workers[i].module_at(p[j], train=False), inputs).detach()
-                loss = loss + a.lambda_m * ((z - zc) ** 2).mean()
-                theirs = features(workers[j].module_at(p[i], train=False), data[j][0]).detach()
-                received.append((theirs, data[j][1]))
-            received.append((z.detach(), y))
-            target = torch.zeros_like(z)
-            for s in range(BATCH):
-                same = [v for values, classes in received for v, c in zip(values, classes, strict=True) if c == y[s]]
-                target[s] = sum(same) / len(same)
-            loss = loss + a.lambda_d * ((z - target) ** 2).mean()
-            g = flat(torch.autograd.grad(loss, list(module.parameters()))) + a.weight_decay * x[i]
-            m[i] = beta * m[i] + g
-            new_p.append(x[i] - lr * (g + beta * m[i] if a.nesterov else m[i]))
-            workers[i].later = dict(module.named_buffers())
-        for worker in workers:  # after all have used the buffers of before
-            worker.model.load_state_dict({**worker.model.state_dict(), **worker.later})
-        p, previous_lr = new_p, lr
-    x = mix(steps)
-    return {"x": x, "sent_params": p, "momentum_buffer": m}, workers
-
-
-# The table ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """How an algorithm is tested: the slow text, and the hyper-parameters to compare with, by name of the case."""
-
-    slow: Any
-    cases: dict[str, dict[str, Any]]
-
-
-SAM = {"rho": 0.1, "weight_decay": 0.01, "momentum": 0.8}
-ROWS: dict[str, Row] = {
-    "q_saddle": Row(slow_saddle, {"heavy-ball": SAM, "nesterov": {**SAM, "nesterov": True, "qg_momentum": 0.7}}),
-    "comp_q_saddle": Row(
-        slow_comp_saddle,
-        {
-            "sign": {**SAM, "compressor": "sign", "gamma": 0.4},
-            "sign-nesterov": {**SAM, "nesterov": True, "compressor": "sign", "gamma": 0.3},
-        },
-    ),
-    "ngc": Row(
-        slow_ngc,
-        {
-            "heavy-ball": {"nesterov": False, "weight_decay": 0.01, "alpha": 0.3, "gamma": 0.6},
-            "nesterov": {"alpha": 1.0, "momentum": 0.8},
-            "model-variant": {"alpha": 0.0},
-            "quasi-global": {"quasi_global": True, "nesterov": False, "weight_decay": 0.01, "alpha": 0.5},
-            "quasi-global-nesterov": {"quasi_global": True, "gamma": 0.5, "momentum": 0.8},
-        },
-    ),
-    "comp_ngc": Row(
-        slow_ngc,
-        {
-            "nesterov": {"alpha": 0.4, "weight_decay": 0.01, "momentum": 0.8},
-            "quasi-global": {"quasi_global": True, "nesterov": False, "gamma": 0.5},
-        },
-    ),
-    "n_saddle": Row(
-        slow_ngc,
-        {
-            "nesterov": {"rho": 0.1, "alpha": 0.4, "weight_decay": 0.01},
-            "quasi-global": {"rho": 0.05, "quasi_global": True, "nesterov": False},
-        },
-    ),
-    "ccl": Row(
-        slow_ccl,
-        {
-            "both-terms": {"nesterov": False, "lambda_m": 0.5, "lambda_d": 0.7, "weight_decay": 0.01, "gamma": 0.6},
-            "nesterov": {"lambda_m": 0.3, "lambda_d": 0.4, "momentum": 0.8},
-            "model-variant": {"lambda_m": 1.0, "lambda_d": 0.0},
-            "data-variant": {"lambda_m": 0.0, "lambda_d": 1.0, "nesterov": False},
-            "plain": {"lambda_m": 0.0, "lambda_d": 0.0, "weight_decay": 0.01},
-        },
-    ),
-    "comp_n_saddle": Row(slow_ngc, {"sign": {"rho": 0.1, "compressor": "sign", "alpha": 0.4, "weight_decay": 0.01}}),
-}
+STEPS = 8
+ROWS = {name: row for name, row in ALGORITHMS.items() if algorithms.get_class(name).needs_simulator}
 CASES = [(name, case) for name, row in ROWS.items() for case in row.cases]
 
 
@@ -322,8 +57,29 @@ def assert_equals_slow_text(sim, row, a, start, steps, tolerance=1e-12):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_every_algorithm_that_needs_the_simulator_has_a_row():
-    assert set(ROWS) == {name for name in algorithms.names() if algorithms.get_class(name).needs_simulator}
+class Parabola(nn.Module):
+    """x, to be used on the losses of Quadratics: a batch is one row with a and b."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(dim, dtype=F64))
+
+    def forward(self, batch):
+        a, b = batch.chunk(2, dim=1)
+        return (a * self.x.square() / 2 - b * self.x).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_heterogeneous_quadratic_reaches_the_predicted_point(name):
+    row, problem = ROWS[name], Quadratics()
+    topo, batch = row.graph(row.n), torch.cat([problem.a, problem.b], 1)[:, None]
+    sim = qgm.Simulator(Parabola(3), topo, name, engine="vmap", **row.hyper)
+    for _ in range(700):
+        sim.step(lambda loss, _: loss.sum(), (batch, batch))
+    expected, found = row.point(problem, torch.tensor(topo.matrix())), rows_of(sim, sim.opt.x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert (found.mean(0) - problem.optimum).abs().max() < 0.5 * problem.optimum.abs().max()
+    assert (expected - problem.optimum).abs().max() > 0.01  # the point is biased, not the optimum
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

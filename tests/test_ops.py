@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from numpy_rules import RULES, gossip_step
+from numpy_rules import gossip_step
 from qgm_ext import _cpu, ops, reference, topology
 from qgm_ext.mixing import Mixing
+from rows import RULES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 16, 17, 127, 128, 129, 1001]
@@ -27,29 +28,8 @@ TOPOLOGIES = {
 }
 
 
-ADAM = [0.9, 0.99, 1e-3, 1e-2, 0.3, 0.2]
-# Hyper-parameters after eta, in the order of the rules' headers; the rest by their number.
-HYPER = {
-    "d_adam": ADAM,
-    "cadam": ADAM,
-    "qg_dadam": [*ADAM, 0.7],
-    "qg_dadam_v2": [*ADAM, 0.7],
-    "damsgrad": [0.9, 0.99, 1e-3, 1e-2],
-    "slowmo_outer": [0.6, 0.9],
-    "choco_send": [0.9, 1e-2, 0.7, 1.0],
-    "gut": [0.2, 0.9, 0.5, 1e-2, 0.8],
-    "qg_gutm": [0.2, 0.9, 0.5, 1e-2, 0.8],
-    "qg_gutm_n": [0.2, 0.9, 0.5, 1e-2, 0.8],
-}
-# States under a square root.
-NOT_NEGATIVE = {"d_adam": [1], "cadam": [1], "damsgrad": [1, 2, 3], "qg_dadam": [1], "qg_dadam_v2": [1]}
-
-
-def hyper_of(rule: str, lr: float = 0.1) -> list[float]:
-    if rule in ("momentum_tracking_start", "choco_receive"):
-        return [0.9]
-    values = {2: [1e-2], 3: [0.9, 1e-2], 4: [0.9, 0.8, 1e-2], 6: [0.9, 0.8, 1e-2, 3.0, 1.0]}
-    return [lr, *(HYPER[rule] if rule in HYPER else values[ops.rules()[rule].hyper])]
+def hyper_of(rule: str) -> list[float]:
+    return list(RULES[rule].hyper)
 
 
 def row_scalars_of(rule: str, n: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -68,7 +48,7 @@ def problem(rule: str, n: int, dim: int, dtype: torch.dtype, seed: int = 0) -> t
         torch.randn(n, dim, generator=generator, dtype=torch.float64).to(compute)
         for _ in range(ops.rules()[rule].states)
     ]
-    for k in NOT_NEGATIVE.get(rule, []):
+    for k in RULES[rule].not_negative:
         state[k].abs_()
     return x, g, *state
 
@@ -129,7 +109,7 @@ def test_gossip_step_equals_numpy_and_split_step(rule, dtype):
         assert torch.isfinite(result[0]).all(), (n, dim, name)
 
 
-def test_every_compiled_rule_has_a_numpy_text():
+def test_every_compiled_rule_has_a_row():
     assert set(RULES) == set(ops.rules())
 
 
@@ -195,7 +175,7 @@ def test_sixteen_bit_values_convert_as_torch_does(dtype):
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.startswith("qg_dsgdm")])
 def test_lr_zero_moves_x_by_mixing_alone_and_keeps_the_momentum(rule):
     x, g, *state = problem(rule, 4, 50, torch.float64)
-    x_new, state_new = fused(x, g, state, topology.ring(4).mixing(), rule, hyper_of(rule, lr=0.0))
+    x_new, state_new = fused(x, g, state, topology.ring(4).mixing(), rule, [0.0, *hyper_of(rule)[1:]])
     torch.testing.assert_close(x_new, torch.tensor(topology.ring(4).matrix()) @ x, rtol=1e-14, atol=1e-14)
     for before, after in zip(state, state_new, strict=True):
         assert torch.equal(before, after)

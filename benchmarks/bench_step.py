@@ -57,9 +57,7 @@ def test_fused_step(benchmark, n, dim):
     x, m, y = opt.x.clone(), torch.zeros_like(opt.x), torch.empty_like(opt.x)
     stock = StockQgDsgdmN(opt.x.clone(), torch.tensor(opt.topology.matrix(), dtype=torch.float32), **HYPER)
     algorithm, w, state = opt.algorithm, stock.w, reference.initial_state(opt.algorithm, opt.x)
-    compiled = torch.compile(
-        lambda x, g, m: algorithm.reference_step(x, g, {"qg_momentum_buffer": m}, w, 0, 0.1)
-    )
+    compiled = torch.compile(lambda x, g, m: algorithm.reference_step(x, g, {"qg_momentum_buffer": m}, w, 0, 0.1))
     streams = [array.data_ptr() for array in (x, m, g)]
     times = measure(
         benchmark, opt, g,

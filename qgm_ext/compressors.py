@@ -56,6 +56,12 @@ class Compressor:
         Returns:
             What is unpacked, like ``values``; new memory.
         """
+        packed = values.clone(memory_format=torch.contiguous_format)
+        self.compress_(packed, generators)
+        return packed
+
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        """Compress in place: the arguments of a call, and what it returns is written into ``values``."""
         raise NotImplementedError
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
@@ -67,8 +73,8 @@ class Compressor:
 class Identity(Compressor):
     """Sends the vector itself."""
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        return values.clone()
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        pass
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return d * itemsize
@@ -105,7 +111,7 @@ class TopK(_Sparse):
         [[0.0, -3.0, 2.0, 0.0]]
     """
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
         k = self.kept(values.shape[1])
         sizes = values.abs()
         smallest = sizes.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
@@ -113,7 +119,7 @@ class TopK(_Sparse):
         missing = k - kept.sum(dim=1, keepdim=True)
         if bool((ties.sum(dim=1, keepdim=True) > missing).any()):  # counting is slow, and ties are rare
             ties &= ties.cumsum(dim=1) <= missing
-        return torch.where(kept | ties, values, 0.0)
+        values.masked_fill_(~(kept | ties), 0.0)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return self.kept(d) * (itemsize + 4)  # a value and its 32-bit index
@@ -132,13 +138,13 @@ class RandomK(_Sparse):
 
     unbiased: bool = False
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
         _check_generators(values, generators)
         d = values.shape[1]
         k = self.kept(d)
         index = torch.stack([torch.randperm(d, generator=source)[:k] for source in generators]).to(values.device)
         kept = values.gather(1, index)
-        return torch.zeros_like(values).scatter_(1, index, kept * (d / k) if self.unbiased else kept)
+        values.zero_().scatter_(1, index, kept * (d / k) if self.unbiased else kept)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return self.kept(d) * itemsize + 8  # the values and the seed of the places
@@ -170,7 +176,7 @@ class Qsgd(Compressor):
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 16:
             raise ValueError(f"bits must be an integer from 1 to 16, got {self.bits!r}")
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
         _check_generators(values, generators)
         d = values.shape[1]
         levels = 2**self.bits - 1
@@ -181,8 +187,7 @@ class Qsgd(Compressor):
         floor = scaled.floor()
         level = floor + (draws.to(values.device) < scaled - floor)
         shrink = 1.0 if self.unbiased else 1.0 / (1.0 + min(d / levels**2, math.sqrt(d) / levels))
-        packed: Tensor = values.sign() * level * per_level * shrink
-        return packed
+        values.sign_().mul_(level).mul_(per_level).mul_(shrink)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return -(-d * (self.bits + 1) // 8) + itemsize  # signs and levels, and the norm
@@ -202,9 +207,12 @@ class ScaledSign(Compressor):
         if self.sign_of_zero not in (0, 1) or isinstance(self.sign_of_zero, bool):
             raise ValueError(f"sign_of_zero must be 0 or 1, got {self.sign_of_zero!r}")
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        signs = values.sign() if self.sign_of_zero == 0 else torch.where(values < 0, -1.0, 1.0).to(values.dtype)
-        return signs * values.abs().mean(dim=1, keepdim=True)
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        scale = values.abs().mean(dim=1, keepdim=True)
+        if self.sign_of_zero == 0:
+            values.sign_().mul_(scale)
+        else:
+            values.ge_(0).mul_(2 * scale).sub_(scale)  # exactly scale or -scale
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return -(-d // 8) + itemsize  # one bit a number (zeros are rare) and the scale
@@ -214,8 +222,8 @@ class ScaledSign(Compressor):
 class BFloat16(Compressor):
     """Rounds each number to bfloat16."""
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        return values.to(torch.bfloat16).to(values.dtype)
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        values.copy_(values.to(torch.bfloat16))
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return 2 * d
@@ -230,11 +238,9 @@ class Int8(Compressor):
         [[127.0, 64.0, -0.0]]
     """
 
-    def __call__(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
         scale = values.abs().amax(dim=1, keepdim=True) / 127
-        levels = torch.where(scale > 0, torch.round(values / scale), 0.0)
-        packed: Tensor = levels * scale
-        return packed
+        values.div_(torch.where(scale > 0, scale, 1.0)).round_().mul_(scale)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return d + itemsize  # a byte a number and the scale

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from qgm_ext import compressors
@@ -107,7 +106,7 @@ class ChocoSgd(MomentumAlgorithm):
         yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(step.num_workers))
         vector = step.state[message]
         compressor = self.make_compressor()
-        vector.copy_(self.compress(vector, step.number, step.segments, step.workers))
+        self.compress_(vector, step.number, step.segments, step.workers)
         size = sum(compressor.message_bytes(length, vector.element_size()) for _, length in step.segments)
         yield Pass("choco_receive", [after], (known, mixed, message), step.mixing, message_bytes=size)
 
@@ -121,19 +120,19 @@ class ChocoSgd(MomentumAlgorithm):
             return compressors.RandomK(self.ratio, self.unbiased)
         return compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
 
-    def compress(
+    def compress_(
         self,
         vectors: Tensor,
         step: int,
         segments: Sequence[tuple[int, int]] | None = None,
         workers: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Compress what each worker sends in a step, [rows, D], each segment for itself.
+    ) -> None:
+        """Compress in place what each worker sends in a step, [rows, D], each segment for itself.
 
-        Draws depend on seed, step and worker, which is the number of the row if ``workers`` does not say so. Between
-        segments the result is zero.
+        Draws depend on seed, step and worker, which is the number of the row if ``workers`` does not say so. What lies
+        between segments stays.
         """
-        compressor, out = self.make_compressor(), torch.zeros_like(vectors)
+        compressor = self.make_compressor()
         rows = range(len(vectors)) if workers is None else workers
         sources = [compressors.generator(self.seed, step, i) for i in (rows if compressor.is_random else ())]
         for first, length in segments or [(0, vectors.shape[1])]:
@@ -141,8 +140,7 @@ class ChocoSgd(MomentumAlgorithm):
             count = max(1, _CACHED // max(1, length))
             for row in range(0, len(vectors), count):
                 part = vectors[row : row + count, first : first + length]
-                out[row : row + count, first : first + length] = compressor(part, sources[row : row + count])
-        return out
+                compressor.compress_(part, sources[row : row + count])
 
     def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
         m = self.momentum * state["momentum_buffer"] + g + self.weight_decay * x
@@ -152,7 +150,7 @@ class ChocoSgd(MomentumAlgorithm):
         if self.order == "cta":
             x = x + self.gamma * (w @ known - known)
         q = x - known
-        q = self.compress(q, step)
+        self.compress_(q, step)
         known = known + q
         if self.order == "atc":
             x = x + self.gamma * (w @ known - known)

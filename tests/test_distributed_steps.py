@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from process_pool import ProcessPool
-from qgm_ext import algorithms, topology
-from qgm_ext.distributed import MessageError, PeerLostError
+from qgm_ext import StackedOptimizer, algorithms, topology
+from qgm_ext.distributed import Communication, MessageError, PeerLostError
+from qgm_ext.flat import FlatLayout
 from qgm_ext.optim import DSGD, QGSGD, Decentralized
-from worker_runs import STEPS, flattened, make_topology, stacked, start_values, take_steps
+from worker_runs import SHAPES, STEPS, flattened, make_topology, stacked, start_values, take_steps
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +166,81 @@ def test_gradients_accumulate_over_backward_passes(pool: ProcessPool) -> None:
             nn.utils.vector_to_parameters(mean.clone(), model.parameters())
     for found in pool.run(accumulate, n, n):
         torch.testing.assert_close(found, flattened(list(models[0].parameters())), rtol=1e-4, atol=1e-4)
+
+
+# What a step communicates ---------------------------------------------------------------------------------------------
+
+
+def communicate(rank: int, cases: list[tuple[str, str, int, dict[str, Any]]]) -> list[list[Communication]]:
+    found = []
+    for name, graph, n, hyper in cases:
+        params = [nn.Parameter(value) for value in start_values(torch.float32)]
+        opt = Decentralized(params, name, topology=make_topology(graph, n), lr=0.1, bucket_mb=6e-4, **hyper)
+        steps = []
+        for step in range(2):
+            take_steps(opt, params, rank, range(step, step + 1))
+            steps.append(opt.last_communication)
+        found.append([*steps, opt.communication])
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.filterwarnings("ignore")
+def test_bytes_are_those_that_the_algorithm_counts(pool: ProcessPool, n: int) -> None:
+    cases: list[tuple[str, str, int, dict[str, Any]]] = []
+    for name in names_without_simulator():
+        graph = "ring"
+        if name.startswith("relaysgd"):
+            graph = "double_binary_trees" if name == "relaysgd" and n > 2 else "chain"
+        elif algorithms.get_class(name).any_columns and not name.startswith("c"):
+            graph = "random_directed"
+        cases.append((name, graph, n, {}))
+    cases.append(("dsgd", "one_peer_exponential", n, {}))
+    cases.append(("choco_sgd", "chain", n, {"compressor": "int8"}))
+    results = pool.run(communicate, n, cases)
+    layout = FlatLayout(SHAPES)
+    for k, (name, graph, _, hyper) in enumerate(cases):
+        opt = StackedOptimizer(
+            layout.allocate(n, dtype=torch.float32, device="cpu"),
+            make_topology(graph, n),
+            name,
+            layout=layout,
+            lr=0.1,
+            **hyper,
+        )
+        for step in range(2):
+            opt.step(torch.ones_like(opt.x))
+            now = [results[rank][k][step] for rank in range(n)]
+            assert sum(one.bytes_sent for one in now) == opt.bytes_sent_per_step > 0, cases[k]
+            assert sum(one.bytes_received for one in now) == opt.bytes_sent_per_step, cases[k]
+            assert sum(one.wire_bytes_sent for one in now) == sum(one.wire_bytes_received for one in now)
+        total = [results[rank][k][2] for rank in range(n)]
+        assert sum(one.bytes_sent for one in total) == opt.bytes_sent
+
+
+def count_exactly(rank: int) -> list[Communication]:
+    params = [nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(10))]
+    opt = QGSGD(params, lr=0.1, topology=topology.chain(3), bucket_mb=25.0)
+    opt.step()
+    with opt.no_gossip():
+        opt.step()
+    return [opt.communication, opt.last_communication]
+
+
+def test_bytes_of_one_worker(pool: ProcessPool) -> None:
+    """A chain of three: 110 numbers to each neighbour, on the wire 192 with the gaps, and 64 bytes of header."""
+    for rank, (total, last) in enumerate(pool.run(count_exactly, 3)):
+        links = 2 if rank == 1 else 1
+        assert (total.bytes_sent, total.bytes_received) == (links * 440, links * 440)
+        assert (total.wire_bytes_sent, total.wire_bytes_received) == (links * 832, links * 832)
+        assert total.seconds > 0.0
+        assert last == Communication()
+
+
+def test_a_worker_alone_communicates_nothing() -> None:
+    for opt in (
+        QGSGD([nn.Parameter(torch.zeros(3))], lr=0.1),
+        Decentralized([nn.Parameter(torch.zeros(3))], "d2", lr=1),
+    ):
+        opt.step()
+        assert opt.communication == opt.last_communication == Communication()

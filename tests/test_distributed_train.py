@@ -18,7 +18,16 @@ from process_pool import ProcessPool
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.train import run
 
-FIGURES = ("step", "loss", "accuracy_local_mean", "accuracy_local_min", "accuracy_average", "consensus_distance", "lr")
+FIGURES = (
+    "step",
+    "loss",
+    "accuracy_local_mean",
+    "accuracy_local_min",
+    "accuracy_average",
+    "consensus_distance",
+    "lr",
+    "bytes_sent",
+)
 
 
 @pytest.fixture(scope="module")

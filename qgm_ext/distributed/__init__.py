@@ -11,6 +11,7 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
 - :mod:`~qgm_ext.distributed.options`: :class:`RuntimeOptions`, the keyword arguments of these optimizers;
 - :mod:`~qgm_ext.distributed.agreement`: what all workers must agree on at the start;
 - :mod:`~qgm_ext.distributed.exchange`: messages, their headers, time limits, and the errors that name a peer;
+- :mod:`~qgm_ext.distributed.communication`: bytes and seconds of steps, ``opt.communication``;
 - :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors;
 - :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
 - :mod:`qgm_ext.optim.peers`: parameter groups on top of it.
@@ -23,7 +24,8 @@ Bits are those of the worker's row in :class:`qgm_ext.StackedOptimizer` and :cla
 """
 
 from qgm_ext.distributed.agreement import DisagreementError
+from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.exchange import MessageError, PeerLostError
 from qgm_ext.distributed.options import RuntimeOptions
 
-__all__ = ["DisagreementError", "MessageError", "PeerLostError", "RuntimeOptions"]
+__all__ = ["Communication", "DisagreementError", "MessageError", "PeerLostError", "RuntimeOptions"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from qgm_ext import graphs, ops
 from qgm_ext import topology as topologies
 from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, identity_mixing
+from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
 from qgm_ext.flat import ALIGNMENT
 from qgm_ext.mixing import Mixing
@@ -96,6 +97,10 @@ class WorkerEngine:
         worker: which of its workers this is.
         exchange: how messages travel; None for a worker without others.
         bucket_bytes: vectors are cut into buckets of at most this size.
+
+    Attributes:
+        bytes_sent, bytes_received: of this worker so far, as the algorithms count them
+            (:class:`qgm_ext.distributed.communication.Communication`).
     """
 
     def __init__(self, topology: Topology, worker: int, exchange: Exchange | None, bucket_bytes: int) -> None:
@@ -108,6 +113,8 @@ class WorkerEngine:
         self._silent = identity_mixing(1)
         self._part = 0
         self._number = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
 
     def begin_step(self, number: int) -> None:
         """All messages of a step are numbered from its beginning; ``number`` is that of the step."""
@@ -149,6 +156,7 @@ class WorkerEngine:
                 self._exact_mean(part, vectors)
             else:
                 self._gossip(part, vectors)
+            self._count(part, vectors)
             self._part += 1
         clock.scalars = scalars
         clock.previous_lr = lr or clock.previous_lr
@@ -283,6 +291,34 @@ class WorkerEngine:
         # Divided in the compute type, as the kernel does.
         mixed.mul_(torch.ones((), dtype=compute) / self.topology.num_workers)
         ops.merge_(x[0], vectors.g[0], state, [mixed], [1.0], False, part.rule, part.hyper, None)
+
+    def _count(self, part: Pass | RelayPass, vectors: Vectors) -> None:
+        """Count the bytes of one pass."""
+        segments, n = vectors.segments, self.topology.num_workers
+        itemsize = ops.compute_dtype(vectors.x.dtype).itemsize
+        numbers = sum(length for _, length in segments)
+        if isinstance(part, RelayPass):
+            sizes = lane_sizes(segments, len(part.trees.trees))
+            near = [len(_tree_neighbors(tree.edges, self.worker)) for tree in part.trees.trees]
+            sent = received = itemsize * sum(size * count for size, count in zip(sizes, near, strict=True))
+        else:
+            vector = itemsize * ops.rules("cuda" if vectors.x.is_cuda else "cpu")[part.rule].messages
+            if part.exact_mean:  # the shares of the others to them, and the sum of the own share to all
+                own = share_size(segments, self._own_shares(vectors.x))
+                sent = received = vector * (numbers + (n - 2) * own) if n > 1 else 0
+            else:
+                size = numbers * vector if part.message_bytes is None else part.message_bytes
+                plan = self._plan(part.mixing)
+                sent, received = len(plan.receivers) * size, len(plan.senders) * size
+        self.bytes_sent += sent
+        self.bytes_received += received
+
+    def _own_shares(self, x: Tensor) -> tuple[tuple[int, int], ...]:
+        found = []
+        for place in self._buckets(x):
+            share = _shares(place.stop - place.start, self.topology.num_workers)[self.worker]
+            found.append((place.start + share.start, place.start + share.stop))
+        return tuple(found)
 
     # Messages ---------------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ class Exchange:
 
     Attributes:
         rank, size: of this worker and the group.
-        bytes_sent: payload and headers sent so far. seconds: time spent waiting for messages so far.
+        bytes_sent, bytes_received: payload and headers so far. seconds: time spent waiting for messages so far.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -136,6 +136,7 @@ class Exchange:
         )
         self.backend = dist.get_backend(group)
         self.bytes_sent = 0
+        self.bytes_received = 0
         self.seconds = 0.0
 
     @property
@@ -193,6 +194,7 @@ class Exchange:
                 raise self._lost(peer, stamp, error) from error
             if incoming:
                 message.check(peer, stamp)
+                self.bytes_received += message.buffer.numel()
         self.seconds += time.perf_counter() - start
 
     def _lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:

@@ -368,7 +368,7 @@ class Training:
             for losses in self._sim.gather(torch.stack(self._own_losses)).unbind(1):
                 self._count_losses(losses)
             self._own_losses = []
-        return int(self._sim.gather(torch.tensor(self._sim.opt.bytes_sent)).sum())
+        return int(self._sim.gather(torch.tensor(self._sim.opt.communication.bytes_sent)).sum())
 
     def _evaluate(self, seconds: float) -> Record:
         # A small model is faster on one thread, and on a busy machine very much so: a second one is waited for.

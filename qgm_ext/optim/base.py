@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import copy
-import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
@@ -25,8 +24,10 @@ from typing_extensions import Unpack
 
 from qgm_ext import ops
 from qgm_ext.algorithms import Algorithm, check_number
+from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.engine import Clock
 from qgm_ext.distributed.options import RuntimeArguments, options_from
+from qgm_ext.optim.entries import as_number, load_entry, with_numbers
 from qgm_ext.optim.flat_parameters import FlatParameters, check_memory, check_parameter
 from qgm_ext.optim.peers import Peers, Work
 from qgm_ext.optim.runtime import Update, runtime_for
@@ -123,10 +124,14 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         return self._runtime.worker if isinstance(self._runtime, Peers) else 0
 
     @property
-    def bytes_sent(self) -> int:
-        """Bytes that this worker has sent to others so far, headers and gaps between parameters included."""
-        exchange = self._runtime.exchange if isinstance(self._runtime, Peers) else None
-        return 0 if exchange is None else exchange.bytes_sent
+    def communication(self) -> Communication:
+        """Bytes that this worker has exchanged with others, and seconds it waited for them, in all steps so far."""
+        return self._runtime.communication
+
+    @property
+    def last_communication(self) -> Communication:
+        """The same of the last step that was taken."""
+        return self._runtime.last_communication
 
     @abc.abstractmethod
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
@@ -162,7 +167,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         if not isinstance(self._runtime, Peers):
             return
         fields: dict[str, Any] = {"optimizer": type(self).__name__, "on_nonfinite": self.on_nonfinite}
-        made = [self.make_algorithm(_numbers(group)) for group in groups]
+        made = [self.make_algorithm(with_numbers(group)) for group in groups]
         fields["number of parameter groups"] = len(groups)
         for index, (group, algorithm) in enumerate(zip(groups, made, strict=True)):
             of = f"of group {index}" if len(groups) > 1 else "of the optimizer"
@@ -191,13 +196,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                 f"algorithm of a parameter group must be {self.family!r}, which {type(self).__name__} sets itself, "
                 f"got {group['algorithm']!r}"
             )
-        return self.make_algorithm(_numbers(group))
+        return self.make_algorithm(with_numbers(group))
 
     def _algorithm(self, index: int, group: Mapping[str, Any]) -> tuple[Algorithm, float]:
         """The algorithm of a group and its step size now; both may have been changed since the last step."""
-        lr = _number(group["lr"])
+        lr = as_number(group["lr"])
         check_number("lr", lr, low=0.0)
-        values = [_number(group[name]) for name in self.defaults if name != "lr"]
+        values = [as_number(group[name]) for name in self.defaults if name != "lr"]
         if index < len(self._algorithms) and self._algorithms[index][0] == values:
             return self._algorithms[index][1], lr
         algorithm = self._check_group(group)
@@ -252,7 +257,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             ...     opt.step()
         """
         for group in self.param_groups:
-            algorithm = self.make_algorithm(_numbers(group))
+            algorithm = self.make_algorithm(with_numbers(group))
             if not algorithm.can_skip_gossip:
                 raise ValueError(
                     f"{algorithm.name} needs the other workers in every step, so it can't leave out gossip"
@@ -409,7 +414,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         for key, entry in state_dict["state"].items():
             if key in owners:
                 p, names = owners[key]
-                state[p] = _load_entry(key, p, entry, names)
+                state[p] = load_entry(key, p, entry, names)
             else:
                 state[key] = entry
         self.__setstate__({"state": state, "param_groups": saved_groups})
@@ -457,45 +462,3 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         if "_bindings" not in self.__dict__:
             self._bindings = []
             self._runtime = runtime_for(self.topology, self._process_group, self._options, self.by_passes)
-
-
-def _number(value: Any) -> Any:
-    """A number as a Python float or int: tensors of one element and numpy scalars too; anything else unchanged."""
-    if isinstance(value, (float, int, str)):  # most of them, and quick
-        return value
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if name == "params" else _number(value) for name, value in group.items()}
-
-
-def _load_entry(key: Any, p: Tensor, entry: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The state of one parameter, copied: vectors like p in the dtype of state, ``step`` an int64 scalar."""
-    if not isinstance(entry, Mapping):
-        raise TypeError(f"state[{key}] of the state_dict must be a dict, got {type(entry).__name__}")
-    if not entry:
-        return {}
-    lacking = [name for name in (*names, "step") if name not in entry]
-    if lacking:
-        raise ValueError(
-            f"state[{key}] of the state_dict lacks {', '.join(lacking)}; it has {', '.join(map(str, entry)) or 'none'}"
-        )
-    loaded = {name: copy.deepcopy(value) for name, value in entry.items() if name not in names}
-    step = _number(loaded["step"])
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or not step >= 0 or step != int(step):
-        raise ValueError(f"state[{key}]['step'] of the state_dict must be a whole number of at least 0, got {step!r}")
-    loaded["step"] = torch.tensor(int(step), dtype=torch.int64)
-    for name in names:
-        value = entry[name]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"state[{key}][{name!r}] of the state_dict must be a tensor, got {type(value).__name__}")
-        if value.shape != p.shape or not value.is_floating_point():
-            raise ValueError(
-                f"state[{key}][{name!r}] of the state_dict must be floating-point {list(p.shape)}, like its "
-                f"parameter, got {value.dtype} {list(value.shape)}"
-            )
-        loaded[name] = torch.empty_like(p, dtype=ops.compute_dtype(p.dtype)).copy_(value)
-    return loaded

@@ -20,6 +20,7 @@ import qgm_ext
 from qgm_ext import ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.distributed.agreement import check_agreement, gather_json
+from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.engine import Clock, Vectors, WorkerEngine, relay_state_names
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.options import RuntimeOptions
@@ -49,6 +50,7 @@ class Peers:
     Attributes:
         num_workers, worker: how many there are, and which of them this is.
         exchange: how messages travel; None without a process group.
+        last_communication: in the last step.
     """
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup | None, options: RuntimeOptions) -> None:
@@ -60,6 +62,21 @@ class Peers:
         self.worker = self.exchange.rank if self.exchange is not None else 0
         self._engine = WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes)
         self._number = 0
+        self.last_communication = Communication()
+
+    @property
+    def communication(self) -> Communication:
+        """In all steps so far."""
+        engine, exchange = self._engine, self.exchange
+        if exchange is None:
+            return Communication()
+        return Communication(
+            engine.bytes_sent,
+            engine.bytes_received,
+            exchange.bytes_sent,
+            exchange.bytes_received,
+            exchange.seconds,
+        )
 
     def state_names(self, algorithm: Algorithm) -> tuple[str, ...]:
         """The state vectors of a parameter, those that hold relayed messages one by one."""
@@ -122,6 +139,7 @@ class Peers:
 
     def step(self, works: Sequence[Work], gossip: bool) -> None:
         """One step of all buffers; without ``gossip`` a local one."""
+        before = self.communication
         for work in works:
             if work.fresh:
                 self._engine.start_state(work.algorithm, work.vectors)
@@ -131,6 +149,7 @@ class Peers:
             due = (work.clock.number + 1) % self.options.gossip_every == 0
             self._engine.run(work.algorithm, work.vectors, work.lr, work.clock, gossip and due)
         self._number += 1
+        self.last_communication = self.communication - before
 
     def clip(self, gradients: Sequence[Tensor]) -> None:
         """Scale this worker's gradient, [1, D] in each buffer, to the norm that the options allow."""

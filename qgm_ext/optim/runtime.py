@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qgm_ext import ops
 from qgm_ext import topology as topologies
+from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.topology import Topology
 
@@ -38,6 +39,7 @@ class OneWorker:
     """A worker without neighbours: W = [1], so each update is one fused pass."""
 
     num_workers = 1
+    communication = last_communication = Communication()
 
     def __init__(self) -> None:
         self._mixing = topologies.complete(1).mixing()

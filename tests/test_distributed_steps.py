@@ -15,6 +15,7 @@ from qgm_ext import StackedOptimizer, algorithms, topology
 from qgm_ext.distributed import Communication, MessageError, PeerLostError
 from qgm_ext.flat import FlatLayout
 from qgm_ext.optim import DSGD, QGSGD, Decentralized
+from qgm_ext.stacked import NonFiniteGradientError
 from worker_runs import SHAPES, STEPS, flattened, make_topology, stacked, start_values, take_steps
 
 
@@ -244,3 +245,70 @@ def test_a_worker_alone_communicates_nothing() -> None:
     ):
         opt.step()
         assert opt.communication == opt.last_communication == Communication()
+
+
+# Loss scaling ---------------------------------------------------------------------------------------------------------
+
+SCALE, AMP_STEPS, OVERFLOWS = 1024.0, 5, {1: (1,), 3: (0, 1)}  # step: the workers whose gradients overflow
+
+
+def scaled_gradient(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(70, generator=generator)
+
+
+def scale_losses(rank: int, n: int, on_nonfinite: str, unscale: bool) -> tuple[Tensor, int, float]:
+    p = nn.Parameter(torch.zeros(70))
+    opt = QGSGD([p], lr=0.1, weight_decay=0.1, topology=topology.ring(n), on_nonfinite=on_nonfinite, timeout=20.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=2)
+    for step in range(AMP_STEPS):
+        opt.zero_grad()
+        factor = torch.full((70,), float("inf")) if rank in OVERFLOWS.get(step, ()) else scaled_gradient(step, rank)
+        scaler.scale((p * factor).sum()).backward()
+        if unscale:
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_([p], 1.0)
+        scaler.step(opt)
+        scaler.update()
+    return p.detach(), opt.skipped_steps, scaler.get_scale()
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscaled-and-clipped"])
+@pytest.mark.parametrize("on_nonfinite", ["ignore", "skip"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_grad_scaler_keeps_workers_in_step(pool: ProcessPool, n: int, on_nonfinite: str, unscale: bool) -> None:
+    """A worker whose gradients overflow takes part with a zero gradient, or all workers skip."""
+    opt = StackedOptimizer(torch.zeros(n, 70), topology.ring(n), "qg_dsgdm_n", lr=0.1, weight_decay=0.1)
+    for step in range(AMP_STEPS):
+        g = torch.stack([scaled_gradient(step, rank) for rank in range(n)])
+        if unscale:
+            for row in g:
+                p = nn.Parameter(torch.zeros(70))
+                p.grad = row
+                nn.utils.clip_grad_norm_([p], 1.0)
+        overflows = OVERFLOWS.get(step, ())
+        g[list(overflows)] = 0.0
+        if not overflows or on_nonfinite == "ignore":
+            opt.step(g)
+    for rank, (found, skipped, scale) in enumerate(pool.run(scale_losses, n, n, on_nonfinite, unscale, limit=60.0)):
+        assert torch.equal(found, opt.x[rank]), f"rank {rank}"
+        assert skipped == (len(OVERFLOWS) if on_nonfinite == "skip" else 0)
+        overflowed = sum(rank in ranks for ranks in OVERFLOWS.values())
+        # Halved for each overflow, doubled after two steps without one.
+        assert scale == {0: SCALE * 4, 1: SCALE * 2 / 2, 2: SCALE / 4}[overflowed]
+
+
+def raise_together(rank: int) -> str:
+    p = nn.Parameter(torch.zeros(3))
+    opt = QGSGD([p], lr=0.1, topology=topology.ring(2), on_nonfinite="raise", timeout=20.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    scaler.scale((p * (float("inf") if rank == 1 else 1.0)).sum()).backward()
+    with pytest.raises(NonFiniteGradientError) as error:
+        scaler.step(opt)
+    assert torch.equal(p.detach(), torch.zeros(3))
+    return str(error.value)
+
+
+def test_grad_scaler_and_raise(pool: ProcessPool) -> None:
+    for said in pool.run(raise_together, 2):
+        assert said.startswith("the gradient of worker 1 is not finite")

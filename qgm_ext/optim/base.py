@@ -71,6 +71,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
     take part in every step, those without a gradient as if it were zero; state is what it is in
     :class:`qgm_ext.StackedOptimizer`, to the bit.
 
+    torch.amp.GradScaler, one for each worker, works as with any torch optimizer; ``.grad`` stays scaled. But a worker
+    among others must not leave out a step on its own. If its gradients overflow, then with on_nonfinite="ignore" it
+    takes part with a gradient of zero, at no cost; with "skip" all workers leave out the step. Its scale goes down,
+    those of the others stay.
+
     What differs from torch.optim.SGD, where a program could notice:
 
     - At the first step (and when more parameters become trainable) parameters move into a buffer: ``parameter.data``
@@ -122,6 +127,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
     def worker(self) -> int:
         """The number of this worker, from 0."""
         return self._runtime.worker if isinstance(self._runtime, Peers) else 0
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler: whether it shall call step() even if gradients overflow, and leave scaling
+        to it; it sets ``grad_scale`` and ``found_inf`` before.
+        """
+        return self.num_workers > 1
 
     @property
     def communication(self) -> Communication:
@@ -333,6 +345,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                     f"device, and be trainable from the start, got {len(flats)} kinds in group {index}"
                 )
         gradients = [work.vectors.g for work in works]
+        self._unscale(gradients)
         peers.clip(gradients)
         if self.on_nonfinite != "ignore":
             bad = peers.nonfinite(gradients)
@@ -354,6 +367,16 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                 group["clock"] = {"round": clock.round, "previous_lr": clock.previous_lr, "scalars": scalars}
         changed = [p for flat in stepped for p in flat.advance(range(len(flat.params)))]
         torch.autograd.graph.increment_version(changed)
+
+    def _unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Do what torch.amp.GradScaler has left to the step, if it is there."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # None also after scaler.unscale_(opt)
+        overflow = bool(getattr(self, "found_inf", False)) and self.on_nonfinite == "ignore"
+        for g in gradients:
+            if overflow:
+                g.zero_()
+            elif scale is not None:
+                g.mul_(scale.double().reciprocal().float())  # rounded as GradScaler does
 
     def _gradients_are_finite(self, updates: list[Update]) -> bool:
         if all(bool(ops.rows_are_finite(update.grad).all()) for update in updates):

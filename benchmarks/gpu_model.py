@@ -167,7 +167,8 @@ def roofline(
     by_registers = gpu.registers // (math.ceil(code.registers * 32 / 256) * 256 * warps_of_block)
     by_shared = gpu.shared_bytes // (launch.shared_bytes + KIB)
     blocks = min(by_registers, by_shared, gpu.warps // warps_of_block, gpu.blocks)
-    busy_rows = min(1.0, n / (launch.block[1] * rows_per_thread))  # slots without a worker load nothing
+    rows = rows_per_thread if n == 1 else n  # a worker alone is stepped in pieces
+    busy_rows = min(1.0, rows / (launch.block[1] * rows_per_thread))  # slots without a worker load nothing
     in_flight = blocks * threads * code.load_bytes_in_flight() * busy_rows
 
     own = [name for name in result.loaded_bytes if name in ("x", "g", "messages") or name.startswith("state")]

@@ -360,17 +360,25 @@ void gossip_step(const GossipStepArguments& a) {
 
   constexpr int V = kVector<T>;
   const int64_t head = aligned_begin(p), vectors = head < 0 ? 0 : std::max<int64_t>(0, (a.cols - head) / V);
-  const TileShape shape = tile_shape<Rule, T>(device, a.mixing.form, a.rows, a.mixing.nnz);
-  if (vectors > 0 && shape.lanes > 0) {
-    p.first = head;
-    p.last = head + vectors * V;
-    const int64_t tiles = (vectors + shape.lanes - 1) / shape.lanes;
-    launch("gossip_step_", device, gossip_tile<Rule, Storage>, (tiles + shape.tiles - 1) / shape.tiles,
-           dim3(shape.lanes, shape.groups, shape.tiles), shape.shared, a.stream, p);
+  // A worker alone: pieces of its row are stepped like rows, so that a thread has as many loads under way as with them.
+  const bool alone = a.rows == 1 && a.mixing.form == MixingForm::kIdentity && kRowScalars<Rule> == 0;
+  GossipParameters<Rule, Storage> tiles = p;
+  int64_t wide = vectors;  // vectors in a row of the tiles
+  if (alone) {
+    constexpr int kSector = 16 / V;  // of 16 elements, so that pieces begin at a sector in every type
+    wide = vectors / kRows<Rule> / kSector * kSector;
+    tiles.rows = kRows<Rule>;
+    tiles.x_stride = tiles.g_stride = tiles.state_stride = wide * V;
+  }
+  const TileShape shape = tile_shape<Rule, T>(device, a.mixing.form, tiles.rows, a.mixing.nnz);
+  if (wide > 0 && shape.lanes > 0) {
+    tiles.first = head;
+    tiles.last = head + wide * V;
+    const int64_t count = (wide + shape.lanes - 1) / shape.lanes;
+    launch("gossip_step_", device, gossip_tile<Rule, Storage>, (count + shape.tiles - 1) / shape.tiles,
+           dim3(shape.lanes, shape.groups, shape.tiles), shape.shared, a.stream, tiles);
     p.skip = head;
-    p.skipped = vectors * V;
-    p.first = 0;
-    p.last = a.cols;
+    p.skipped = (alone ? tiles.rows : 1) * wide * V;
   }
   gossip_all_columns(device, p, a.stream);
 }

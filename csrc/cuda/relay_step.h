@@ -102,10 +102,25 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
       slice.template load_states<Rule::kLocalReads>(p.state, i * p.state_stride + c);
     };
     if (inside) {
-      load(group);  // under way while the messages come in
-#pragma unroll 2
-      for (int e = group; e < edges; e += groups) {
-        put<V>(old + int64_t(e) * width, load_vector<V>(p.message + e * p.message_stride + c));
+      // The row and the thread's first two edges (a tree has two for each row but one) are under way together.
+      const T* message = p.message + group * p.message_stride + c;
+      const int64_t next = groups * p.message_stride;
+      T* to = old + int64_t(group) * width;
+      int e = group;
+      load(group);
+      if (e + groups < edges) {
+        const Vec one = load_vector<V>(message), two = load_vector<V>(message + next);
+        put<V>(to, one);
+        put<V>(to + groups * width, two);
+        message += 2 * next;
+        to += 2 * groups * width;
+        e += 2 * groups;
+      }
+#pragma unroll 1
+      for (; e < edges; e += groups) {
+        put<V>(to, load_vector<V>(message));
+        message += next;
+        to += groups * width;
       }
       for (int i = group;;) {
         typename S::Messages message;
@@ -127,6 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
           const int sender = p.senders[edge], back = p.reverse[edge];
           const int end = offsets[sender + 1];
           Vec sum = load_vector<V>(h + int64_t(sender) * width);
+#pragma unroll 2
           for (int f = offsets[sender]; f < end; ++f) {
             if (f != back) add(sum, load_vector<V>(old + int64_t(f) * width));
           }
@@ -145,6 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
           const int32_t* const offsets = p.offsets + int64_t(k) * (rows + 1);
           const int end = offsets[i + 1];
           Vec sum = product(p.counts[int64_t(k) * rows + i], load_vector<V>(h + int64_t(i) * width));
+#pragma unroll 2
           for (int e = offsets[i]; e < end; ++e) add(sum, load_vector<V>(fresh + int64_t(e) * width));
           return product(p.share, sum);
         });

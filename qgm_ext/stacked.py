@@ -6,13 +6,14 @@ It knows vectors, not models (:mod:`qgm_ext.simulator`) and not process groups (
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from qgm_ext import algorithms, ops
 from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, check_number
+from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.flat import FlatLayout, padded
 from qgm_ext.topology import Topology
 
@@ -210,11 +211,9 @@ class StackedOptimizer:
         check_number("lr", eta, low=0.0)
         if self.on_nonfinite != "ignore" or self._reads_between_passes:
             return None
-        state = {name: _unread(vector) for name, vector in self._state.items()}
-        step = self._step_with(_unread(self.x), _unread(self.x), state, eta)
-        try:
-            parts = tuple(self.algorithm.passes(step))
-        except (_ReadError, TypeError):  # the latter from an operator on what is no tensor
+        step = self._step_with(self.x, self.x, self._state, eta)
+        parts = plan_ahead(self.algorithm, step)
+        if parts is None:
             self._reads_between_passes = True
             return None
         return Plan(parts, eta, step.scalars, sum(map(self._bytes_of, parts)))
@@ -372,28 +371,3 @@ def _segments(layout: FlatLayout | None, dim: int) -> tuple[tuple[int, int], ...
 def _numbers(part: Pass | RelayPass) -> Tensor | None:
     """The numbers of each worker that a pass takes."""
     return part.counts if isinstance(part, RelayPass) else part.row_scalars
-
-
-class _ReadError(Exception):
-    """An algorithm asked for values that are not known yet."""
-
-
-class _Unread:
-    """Stands for a tensor while a step is planned: its shape is known, its values are not."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cpu")
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def __getattr__(self, name: str) -> Any:
-        raise _ReadError(name)
-
-    @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise _ReadError("a torch function")
-
-
-def _unread(tensor: Tensor) -> Tensor:
-    return cast(Tensor, _Unread(tensor))

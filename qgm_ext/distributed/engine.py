@@ -12,7 +12,7 @@ It knows vectors, not models or parameter groups (:mod:`qgm_ext.optim`), and not
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,13 +22,15 @@ from torch import Tensor
 from qgm_ext import graphs, ops
 from qgm_ext import topology as topologies
 from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, identity_mixing
+from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
+from qgm_ext.distributed.gossip import GossipPlan, GossipRound
 from qgm_ext.flat import ALIGNMENT
 from qgm_ext.mixing import Mixing
 from qgm_ext.topology import Topology
 
-__all__ = ["Clock", "Vectors", "WorkerEngine", "relay_state_names"]
+__all__ = ["Clock", "Turn", "Vectors", "WorkerEngine", "relay_state_names"]
 
 _KEPT_PLANS = 64  # of topologies that never repeat, only the last few are needed
 
@@ -65,16 +67,6 @@ class Clock:
     scalars: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _Plan(NamedTuple):
-    """A row and a column of a mixing matrix, as messages."""
-
-    senders: list[int]  # ascending, without this worker
-    receivers: list[int]
-    terms: list[int]  # ascending, with this worker if it counts: whose messages are summed
-    weights: list[float]
-    mean: bool
-
-
 def relay_state_names(name: str, topology: Topology, worker: int) -> list[str]:
     """The state vectors that hold the relayed messages of one worker: one for each neighbour in any of the trees."""
     return [f"{name}_{peer}" for peer in _relay_peers(topology, worker)]
@@ -87,6 +79,14 @@ def _relay_peers(topology: Topology, worker: int) -> list[int]:
 def _tree_neighbors(edges: graphs.Edges, worker: int) -> list[int]:
     to, frm = edges
     return sorted(frm[to == worker].tolist())
+
+
+class Place(NamedTuple):
+    """Where a pass is in the training, for the headers and tags of its messages."""
+
+    step: int
+    part: int
+    first_bucket: int
 
 
 class WorkerEngine:
@@ -108,60 +108,39 @@ class WorkerEngine:
         self.worker = worker
         self.exchange = exchange
         self._bucket_bytes = bucket_bytes
-        self._plans: OrderedDict[int, tuple[Mixing, _Plan]] = OrderedDict()
+        self._plans: OrderedDict[int, tuple[Mixing, GossipPlan]] = OrderedDict()
         self._messages: dict[tuple[object, ...], Message] = {}
+        self._rounds: OrderedDict[tuple[object, ...], tuple[Vectors, GossipPlan, GossipRound]] = OrderedDict()
         self._silent = identity_mixing(1)
-        self._part = 0
-        self._number = 0
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def begin_step(self, number: int) -> None:
-        """All messages of a step are numbered from its beginning; ``number`` is that of the step."""
-        self._number, self._part = number, 0
-
-    def run(self, algorithm: Algorithm, vectors: Vectors, lr: float, clock: Clock, gossip: bool = True) -> None:
-        """One step, in place; ``clock`` is advanced.
+    def turn(
+        self,
+        algorithm: Algorithm,
+        vectors: Vectors,
+        lr: float,
+        clock: Clock,
+        gossip: bool = True,
+        number: int = 0,
+        first_bucket: int = 0,
+    ) -> Turn:
+        """One step, to be taken by :meth:`Turn.finish`.
 
         Args:
             algorithm: what to do.
             vectors: what to do it to.
             lr: step size.
-            clock: of this algorithm and these vectors.
+            clock: of this algorithm and these vectors; advanced.
             gossip: False: every worker for itself, W = I.
-
-        Raises:
-            ValueError: if the algorithm can't do without the others for a step.
+            number: of the step, the same on all workers.
+            first_bucket: buckets are numbered from it, so that those of several vectors can be told apart.
         """
-        topology = self.topology if gossip else _alone(self.topology.num_workers)
-        previous = lr if clock.previous_lr is None else clock.previous_lr
-        scalars = dict(clock.scalars)
-        step = Step(
-            clock.number,
-            lr,
-            previous,
-            topology,
-            vectors.x,
-            vectors.g,
-            vectors.state,
-            scalars,
-            vectors.segments,
-            self.worker,
-            clock.round,
-        )
-        for part in _passes(algorithm, step, gossip):
-            if isinstance(part, RelayPass):
-                self._relay(part, vectors)
-            elif part.exact_mean:
-                self._exact_mean(part, vectors)
-            else:
-                self._gossip(part, vectors)
-            self._count(part, vectors)
-            self._part += 1
-        clock.scalars = scalars
-        clock.previous_lr = lr or clock.previous_lr
-        clock.number += 1
-        clock.round += gossip
+        return Turn(self, algorithm, vectors, lr, clock, gossip, number, first_bucket)
+
+    def num_buckets(self, vectors: Vectors) -> int:
+        """Into how many buckets they are cut."""
+        return len(self._buckets(vectors.x))
 
     def start_state(self, algorithm: Algorithm, vectors: Vectors) -> None:
         """Give state vectors, which are zero, what they start from."""
@@ -181,56 +160,60 @@ class WorkerEngine:
 
     # Passes -----------------------------------------------------------------------------------------------------------
 
-    def _gossip(self, part: Pass, vectors: Vectors) -> None:
-        plan = self._plan(part.mixing)
-        x, g = vectors.x, vectors.g
-        state = [vectors.state[name] for name in part.state]
-        if not plan.senders and not plan.receivers:
+    def run(self, part: Pass | RelayPass, vectors: Vectors, place: Place) -> None:
+        """One pass."""
+        if isinstance(part, RelayPass):
+            self._relay(part, vectors, place)
+        elif part.exact_mean and self.topology.num_workers > 1:
+            self._exact_mean(part, vectors, place)
+        elif (found := self.round(part, vectors, place)) is not None:
+            found.finish()
+        else:
+            x, state = vectors.x, [vectors.state[name] for name in part.state]
             tensors = self._silent.tensors(x.device, ops.compute_dtype(x.dtype))
-            ops.gossip_step_(x, g, state, tensors, self._silent.form, part.rule, part.hyper, part.row_scalars)
-            return
+            ops.gossip_step_(x, vectors.g, state, tensors, self._silent.form, part.rule, part.hyper, part.row_scalars)
+
+    def round(self, part: Pass, vectors: Vectors, place: Place) -> GossipRound | None:
+        """The round of a pass, ready to be sent; None if this worker exchanges nothing in it."""
+        plan = self._plan(part.mixing)
+        if not plan.senders and not plan.receivers:
+            return None
+        if self.exchange is None:
+            raise RuntimeError("a worker without others has nobody to send to")
+        key = (place.first_bucket, id(plan), part.rule, part.state)
+        known = self._rounds.get(key)
+        if known is None or known[0] is not vectors or known[1] is not plan:
+            for old in [k for k, kept in self._rounds.items() if k[0] == key[0] and kept[0] is not vectors]:
+                del self._rounds[old]
+            device, buckets = vectors.x.device, self._buckets(vectors.x)
+            made = GossipRound(
+                vectors.x[0],
+                vectors.g[0],
+                [vectors.state[name][0] for name in part.state],
+                part.rule,
+                plan,
+                self.worker,
+                buckets,
+                range(place.first_bucket, place.first_bucket + len(buckets)),
+                lambda size, bucket, slot: self._message(device, size, bucket, slot),
+                self.exchange,
+            )
+            known = self._rounds[key] = (vectors, plan, made)
+            if len(self._rounds) > _KEPT_PLANS:
+                self._rounds.popitem(last=False)
         row = None if part.row_scalars is None else part.row_scalars[0]
-        under_way: list[tuple[slice, list[Pending], dict[int, list[Tensor]]]] = []
-        for bucket, place in enumerate(self._buckets(x)):
-            under_way.append((place, *self._send(part, plan, vectors, row, bucket, place)))
-        for place, pending, messages in under_way:
-            self._wait([one for one in pending if one.incoming])
-            count = len(messages[self.worker])
-            received = [messages[peer][k] for k in range(count) for peer in plan.terms]
-            pieces = [vector[0, place] for vector in state]
-            ops.merge_(x[0, place], g[0, place], pieces, received, plan.weights, plan.mean, part.rule, part.hyper, row)
-        for _, pending, _ in under_way:  # the buffers are written again in the next pass
-            self._wait([one for one in pending if not one.incoming])
+        known[2].begin(part.hyper, row, place.step, place.part)
+        return known[2]
 
-    def _send(
-        self, part: Pass, plan: _Plan, vectors: Vectors, row: Tensor | None, bucket: int, place: slice
-    ) -> tuple[list[Pending], dict[int, list[Tensor]]]:
-        """Make the messages of one bucket and start their exchange; returns where each worker's will be."""
-        x, g = vectors.x[0, place], vectors.g[0, place]
-        compute = ops.compute_dtype(x.dtype)
-        count = ops.rules("cuda" if x.is_cuda else "cpu")[part.rule].messages
-        size = count * x.numel() * compute.itemsize
-        outgoing = self._message(x.device, size, bucket, -1)
-        mine = outgoing.vectors(count, compute)
-        state = [vectors.state[name][0, place] for name in part.state]
-        ops.local_step_(x, g, state, mine, part.rule, part.hyper, row)
-        incoming = {peer: self._message(x.device, size, bucket, k) for k, peer in enumerate(plan.senders)}
-        messages = {peer: message.vectors(count, compute) for peer, message in incoming.items()}
-        pending = self._post([(peer, outgoing) for peer in plan.receivers], list(incoming.items()), bucket)
-        return pending, messages | {self.worker: mine}
-
-    def _exact_mean(self, part: Pass, vectors: Vectors) -> None:
+    def _exact_mean(self, part: Pass, vectors: Vectors, at: Place) -> None:
         """Messages averaged over all workers: each sums its share of the coordinates in order and hands it to all."""
         x, g, n = vectors.x, vectors.g, self.topology.num_workers
-        if n == 1:
-            self._gossip(part, vectors)
-            return
         state = [vectors.state[name] for name in part.state]
         compute = ops.compute_dtype(x.dtype)
         count = ops.rules("cuda" if x.is_cuda else "cpu")[part.rule].messages
         row = None if part.row_scalars is None else part.row_scalars[0]
         others = [peer for peer in range(n) if peer != self.worker]
-        for bucket, place in enumerate(self._buckets(x)):
+        for bucket, place in enumerate(self._buckets(x), at.first_bucket):
             width = place.stop - place.start
             mine = [torch.empty(width, dtype=compute, device=x.device) for _ in range(count)]
             pieces = [vector[0, place] for vector in state]
@@ -243,7 +226,7 @@ class WorkerEngine:
                 for target, vector in zip(outgoing[peer].vectors(count, compute), mine, strict=True):
                     target.copy_(vector[shares[peer]])
                 incoming[peer] = self._message(x.device, count * _length(own) * compute.itemsize, bucket, k)
-            self._wait(self._post(list(outgoing.items()), list(incoming.items()), 2 * bucket))
+            self._wait(self._post(list(outgoing.items()), list(incoming.items()), at, 2 * bucket))
             total = self._message(x.device, count * _length(own) * compute.itemsize, bucket, None)
             parts = {peer: message.vectors(count, compute) for peer, message in incoming.items()}
             parts[self.worker] = [vector[own] for vector in mine]
@@ -253,13 +236,13 @@ class WorkerEngine:
                 peer: self._message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, k)
                 for k, peer in enumerate(others)
             }
-            self._wait(self._post([(peer, total) for peer in others], list(final.items()), 2 * bucket + 1))
+            self._wait(self._post([(peer, total) for peer in others], list(final.items()), at, 2 * bucket + 1))
             for peer, message in (*final.items(), (self.worker, total)):
                 for target, vector in zip(mine, message.vectors(count, compute), strict=True):
                     target[shares[peer]] = vector
             ops.merge_(x[0, place], g[0, place], pieces, mine, [1.0], False, part.rule, part.hyper, row)
 
-    def _relay(self, part: RelayPass, vectors: Vectors) -> None:
+    def _relay(self, part: RelayPass, vectors: Vectors, at: Place) -> None:
         """m_ij <- h_i + sum of the last m_li over the neighbours l but j; x from (count h_i + sum of new m_ji) / n."""
         x, trees = vectors.x, part.trees.trees
         compute = ops.compute_dtype(x.dtype)
@@ -273,13 +256,13 @@ class WorkerEngine:
         for q, peer in enumerate(kept):
             mine = [lane for lane, near in zip(lanes, neighbors, strict=True) if peer in near]
             size = sum(h[lane].numel() for lane in mine) * compute.itemsize
-            outgoing[peer], incoming[peer] = (self._message(x.device, size, 0, k) for k in (~q, q))
+            outgoing[peer], incoming[peer] = (self._message(x.device, size, at.first_bucket, k) for k in (~q, q))
             for target, lane in zip(_cut(outgoing[peer], [h[lane] for lane in mine], compute), mine, strict=True):
                 target.copy_(h[lane])
                 for other in neighbors[lanes.index(lane)]:
                     if other != peer:
                         target.add_(kept[other][lane])
-        self._wait(self._post(list(outgoing.items()), list(incoming.items()), 0))
+        self._wait(self._post(list(outgoing.items()), list(incoming.items()), at, at.first_bucket))
         mixed = torch.empty_like(h)
         for k, (lane, near) in enumerate(zip(lanes, neighbors, strict=True)):
             torch.mul(h[lane], float(part.counts[k, self.worker]), out=mixed[lane])
@@ -292,7 +275,7 @@ class WorkerEngine:
         mixed.mul_(torch.ones((), dtype=compute) / self.topology.num_workers)
         ops.merge_(x[0], vectors.g[0], state, [mixed], [1.0], False, part.rule, part.hyper, None)
 
-    def _count(self, part: Pass | RelayPass, vectors: Vectors) -> None:
+    def count(self, part: Pass | RelayPass, vectors: Vectors) -> None:
         """Count the bytes of one pass."""
         segments, n = vectors.segments, self.topology.num_workers
         itemsize = ops.compute_dtype(vectors.x.dtype).itemsize
@@ -323,11 +306,15 @@ class WorkerEngine:
     # Messages ---------------------------------------------------------------------------------------------------------
 
     def _post(
-        self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], bucket: int
+        self,
+        sends: Sequence[tuple[int, Message]],
+        receives: Sequence[tuple[int, Message]],
+        at: Place,
+        bucket: int,
     ) -> list[Pending]:
         if self.exchange is None:
             raise RuntimeError("a worker without others has nobody to send to")
-        return self.exchange.post(sends, receives, Stamp(self._number, self._part, bucket))
+        return self.exchange.post(sends, receives, Stamp(at.step, at.part, bucket))
 
     def _wait(self, pending: Sequence[Pending]) -> None:
         if self.exchange is not None:
@@ -340,20 +327,19 @@ class WorkerEngine:
             self._messages[key] = Message(size, device)
         return self._messages[key]
 
-    def _buckets(self, x: Tensor) -> Iterator[slice]:
-        itemsize = ops.compute_dtype(x.dtype).itemsize
+    def _buckets(self, x: Tensor) -> list[slice]:
+        itemsize, size = ops.compute_dtype(x.dtype).itemsize, x.shape[1]
         width = max(ALIGNMENT, self._bucket_bytes // itemsize // ALIGNMENT * ALIGNMENT)
-        for begin in range(0, x.shape[1], width):
-            yield slice(begin, min(begin + width, x.shape[1]))
+        return [slice(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
-    def _plan(self, mixing: Mixing) -> _Plan:
+    def _plan(self, mixing: Mixing) -> GossipPlan:
         found = self._plans.get(id(mixing))
         if found is None:
             columns, weights = mixing.row(self.worker)
             if not len(columns):
                 raise ValueError(f"worker {self.worker} receives nothing, not even from itself: its row of W is empty")
             to, frm = graphs.off_diagonal_edges(mixing)
-            plan = _Plan(
+            plan = GossipPlan(
                 [peer for peer in columns.tolist() if peer != self.worker],
                 sorted(to[frm == self.worker].tolist()),
                 columns.tolist(),
@@ -366,6 +352,81 @@ class WorkerEngine:
         return found[1]
 
 
+class Turn:
+    """One step of one worker's vectors: the passes of an algorithm, one after the other.
+
+    Args: as in :meth:`WorkerEngine.turn`.
+    """
+
+    def __init__(
+        self,
+        engine: WorkerEngine,
+        algorithm: Algorithm,
+        vectors: Vectors,
+        lr: float,
+        clock: Clock,
+        gossip: bool,
+        number: int,
+        first_bucket: int,
+    ) -> None:
+        self._engine, self._algorithm, self._vectors, self._clock = engine, algorithm, vectors, clock
+        self._gossip, self._lr = gossip, lr
+        self._place = Place(number, 0, first_bucket)
+        self._early: GossipRound | None = None
+
+    def begin_early(self) -> GossipRound | None:
+        """The round of the step's only pass, whose buckets may be sent as their gradients come.
+
+        Returns:
+            None if the step has other passes, or looks at its vectors first, or this worker exchanges nothing in it.
+        """
+        parts = plan_ahead(self._algorithm, self._step())
+        if parts is None or len(parts) != 1 or isinstance(parts[0], RelayPass) or parts[0].exact_mean:
+            return None
+        self._early = self._engine.round(parts[0], self._vectors, self._place)
+        return self._early
+
+    def finish(self) -> None:
+        """Take the step, or what is left of it.
+
+        Raises:
+            ValueError: if the algorithm can't do without the others for a step.
+        """
+        step = self._step()
+        for part in self._algorithm.passes(step):
+            if not self._gossip and (isinstance(part, RelayPass) or part.exact_mean):
+                raise ValueError(
+                    f"{self._algorithm.name} needs the other workers in every step; it can't leave out gossip"
+                )
+            if self._early is not None:
+                self._early.finish()
+            else:
+                self._engine.run(part, self._vectors, self._place)
+            self._engine.count(part, self._vectors)
+            self._place = self._place._replace(part=self._place.part + 1)
+        clock = self._clock
+        clock.scalars = step.scalars
+        clock.previous_lr = self._lr or clock.previous_lr
+        clock.number += 1
+        clock.round += self._gossip
+
+    def _step(self) -> Step:
+        clock, vectors, engine = self._clock, self._vectors, self._engine
+        return Step(
+            clock.number,
+            self._lr,
+            self._lr if clock.previous_lr is None else clock.previous_lr,
+            engine.topology if self._gossip else _alone(engine.topology.num_workers),
+            vectors.x,
+            vectors.g,
+            vectors.state,
+            dict(clock.scalars),
+            vectors.segments,
+            engine.worker,
+            clock.round,
+        )
+
+
 def _alone(n: int) -> Topology:
     if n not in _ALONE:
         _ALONE[n] = topologies.from_matrix(torch.eye(n, dtype=torch.float64).numpy(), allow_disconnected=True)
@@ -373,13 +434,6 @@ def _alone(n: int) -> Topology:
 
 
 _ALONE: dict[int, Topology] = {}
-
-
-def _passes(algorithm: Algorithm, step: Step, gossip: bool) -> Iterator[Pass | RelayPass]:
-    for part in algorithm.passes(step):
-        if not gossip and (isinstance(part, RelayPass) or part.exact_mean):
-            raise ValueError(f"{algorithm.name} needs the other workers in every step; it can't leave out gossip")
-        yield part
 
 
 def _shares(width: int, n: int) -> list[slice]:

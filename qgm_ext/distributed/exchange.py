@@ -105,6 +105,13 @@ class Message:
         raise MessageError(f"rank {sender} sent another message than was due: {', '.join(wrong)}", sender)
 
 
+class Batch(NamedTuple):
+    """Messages that are exchanged together, as often as wanted."""
+
+    messages: list[tuple[int, Message, bool]]  # peer, buffer, whether it comes in
+    operations: list[dist.P2POp]
+
+
 class Pending(NamedTuple):
     """A message under way."""
 
@@ -146,35 +153,50 @@ class Exchange:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def post(
-        self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], stamp: Stamp
-    ) -> list[Pending]:
-        """Start one batch of messages; their buffers belong to it until :meth:`wait`.
+    def batch(
+        self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], bucket: int
+    ) -> Batch:
+        """Messages of a bucket to and from peers, to be exchanged by :meth:`start`."""
+        messages = [(peer, message, True) for peer, message in receives] + [
+            (peer, message, False) for peer, message in sends
+        ]
+        operations = []
+        for peer, message, incoming in messages:
+            tag = (bucket * 1_000_003 + message.size) % _TAGS
+            call = dist.irecv if incoming else dist.isend
+            operations.append(dist.P2POp(call, message.buffer, self._global_ranks[peer], group=self.group, tag=tag))
+        return Batch(messages, operations)
+
+    def start(self, batch: Batch, stamp: Stamp) -> list[Pending]:
+        """Start the messages of a batch; their buffers belong to it until :meth:`wait`.
 
         Raises:
             PeerLostError: if a connection is broken already.
         """
-        plan = [(peer, message, True) for peer, message in receives] + [
-            (peer, message, False) for peer, message in sends
-        ]
-        operations = []
-        for peer, message, incoming in plan:
-            if not incoming:
+        stamped: Message | None = None
+        for _, message, incoming in batch.messages:
+            if incoming:
+                continue
+            if message is not stamped:  # one message often goes to several peers
                 message.stamp(self.rank, stamp)
-                self.bytes_sent += message.buffer.numel()
-            tag = (stamp.bucket * 1_000_003 + message.size) % _TAGS
-            call = dist.irecv if incoming else dist.isend
-            operations.append(dist.P2POp(call, message.buffer, self._global_ranks[peer], group=self.group, tag=tag))
+                stamped = message
+            self.bytes_sent += message.buffer.numel()
         try:
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
         except RuntimeError as error:
-            raise self._lost(plan[0][0], stamp, error) from error
-        if len(works) != len(plan):  # a backend that joins the batch into one
-            works = [works[0]] * len(plan)
+            raise self._lost(batch.messages[0][0], stamp, error) from error
+        if len(works) != len(batch.messages):  # a backend that joins the batch into one
+            works = [works[0]] * len(batch.messages)
         return [
             Pending(work, peer, message, stamp, incoming)
-            for work, (peer, message, incoming) in zip(works, plan, strict=True)
+            for work, (peer, message, incoming) in zip(works, batch.messages, strict=True)
         ]
+
+    def post(
+        self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], stamp: Stamp
+    ) -> list[Pending]:
+        """Start messages that are exchanged this once."""
+        return self.start(self.batch(sends, receives, stamp.bucket), stamp)
 
     def wait(self, pending: Sequence[Pending]) -> None:
         """Wait for messages, and check those that have come.

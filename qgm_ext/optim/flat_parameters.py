@@ -73,6 +73,7 @@ class FlatParameters:
         self._gather_views = self._view(self._gathered, self._num_small)
         self._whole = self._runs([True] * len(self.params), [0] * len(self.params))
         self._slices: dict[Run, tuple[Tensor, Tensor | None, list[Tensor]]] = {}
+        self._vectors: Vectors | None = None
         for p, view in zip(self.params, self._views, strict=True):
             view.copy_(p)
         for p, view in zip(self.params, self._views, strict=True):
@@ -132,6 +133,7 @@ class FlatParameters:
             for name in dropped & state.get(p, {}).keys():
                 del state[p][name]
         self._slices.clear()
+        self._vectors = None
 
     def _bind_state(self, indices: Sequence[int], state: State) -> None:
         """Make the state of these parameters views of the buffers, with the values found in ``state``, else zero."""
@@ -253,8 +255,10 @@ class FlatParameters:
             torch._foreach_copy_([self._gather_views[i] for i in active], grads)
         if maximize:
             self._gathered.neg_()
-        found = {name: buffer[None] for name, buffer in self._buffers.items()}
-        return Vectors(self.x[None], self._gathered[None], found, self._layout.segments), fresh
+        if self._vectors is None:
+            found = {name: buffer[None] for name, buffer in self._buffers.items()}
+            self._vectors = Vectors(self.x[None], self._gathered[None], found, self._layout.segments)
+        return self._vectors, fresh
 
     def advance(self, active: Sequence[int]) -> list[Tensor]:
         """Count a step of the parameters ``active``, and return them."""

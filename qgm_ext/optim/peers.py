@@ -21,7 +21,7 @@ from qgm_ext import ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.distributed.agreement import check_agreement, gather_json
 from qgm_ext.distributed.communication import Communication
-from qgm_ext.distributed.engine import Clock, Vectors, WorkerEngine, relay_state_names
+from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay_state_names
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.topology import Topology
@@ -137,6 +137,16 @@ class Peers:
                 dist.broadcast(value, source, group=exchange.group)
                 p.copy_(value.to(p.device).view(p.dtype).view(p.shape))
 
+    def turns(self, works: Sequence[Work], gossip: bool) -> list[Turn]:
+        """The next step of all buffers, one turn for each."""
+        found, bucket = [], 0
+        for work in works:
+            due = (work.clock.number + 1) % self.options.gossip_every == 0
+            numbers = (self._number, bucket)
+            found.append(self._engine.turn(work.algorithm, work.vectors, work.lr, work.clock, gossip and due, *numbers))
+            bucket += self._engine.num_buckets(work.vectors)
+        return found
+
     def step(self, works: Sequence[Work], gossip: bool) -> None:
         """One step of all buffers; without ``gossip`` a local one."""
         before = self.communication
@@ -144,10 +154,8 @@ class Peers:
             if work.fresh:
                 self._engine.start_state(work.algorithm, work.vectors)
                 work.clock.scalars = work.algorithm.initial_scalars(self.num_workers)
-        self._engine.begin_step(self._number)
-        for work in works:
-            due = (work.clock.number + 1) % self.options.gossip_every == 0
-            self._engine.run(work.algorithm, work.vectors, work.lr, work.clock, gossip and due)
+        for turn in self.turns(works, gossip):
+            turn.finish()
         self._number += 1
         self.last_communication = self.communication - before
 

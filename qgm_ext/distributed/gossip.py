@@ -1,0 +1,121 @@
+"""GossipRound: one pass over a mixing matrix as one worker sees it, bucket by bucket.
+
+A bucket is a stretch of the worker's vectors: its messages are made and sent, the neighbours' come, and both are
+merged, in any order among buckets. A round is built once and used in every step with the same neighbours, so that steps
+make no views and no requests anew. Which passes a step has is the business of :mod:`qgm_ext.distributed.engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qgm_ext import ops
+from qgm_ext.distributed.exchange import Batch, Exchange, Message, Pending, Stamp
+
+__all__ = ["GossipPlan", "GossipRound"]
+
+
+class GossipPlan(NamedTuple):
+    """A row and a column of a mixing matrix, as messages."""
+
+    senders: list[int]  # ascending, without this worker
+    receivers: list[int]
+    terms: list[int]  # ascending, with this worker if it counts: whose messages are summed
+    weights: list[float]
+    mean: bool
+
+
+class _Bucket(NamedTuple):
+    x: Tensor
+    g: Tensor
+    state: list[Tensor]
+    mine: list[Tensor]  # the messages of this worker
+    received: list[Tensor]  # of all terms, message by message
+    batch: Batch
+
+
+class GossipRound:
+    """The buckets of one pass.
+
+    Args:
+        x, g, state: the worker's vectors, each [D].
+        rule: what is done to them.
+        plan: whose messages it takes and gives.
+        worker: its number.
+        places: the buckets.
+        numbers: of the buckets, distinct among all that are under way at the same time.
+        message: gives the buffer for messages of so many bytes of a bucket, by number, and a slot.
+        exchange: how messages travel.
+
+    Attributes:
+        places: the buckets.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        rule: str,
+        plan: GossipPlan,
+        worker: int,
+        places: Sequence[slice],
+        numbers: Sequence[int],
+        message: Callable[[int, int, int], Message],
+        exchange: Exchange,
+    ) -> None:
+        self.places = places
+        self._rule, self._plan, self._exchange, self._numbers = rule, plan, exchange, numbers
+        self._buckets: list[_Bucket] = []
+        compute = ops.compute_dtype(x.dtype)
+        count = ops.rules("cuda" if x.is_cuda else "cpu")[rule].messages
+        for place, number in zip(places, numbers, strict=True):
+            size = count * (place.stop - place.start) * compute.itemsize
+            outgoing = message(size, number, -1)
+            incoming = {peer: message(size, number, k) for k, peer in enumerate(plan.senders)}
+            vectors = {peer: one.vectors(count, compute) for peer, one in incoming.items()}
+            vectors[worker] = outgoing.vectors(count, compute)
+            self._buckets.append(
+                _Bucket(
+                    x[place],
+                    g[place],
+                    [vector[place] for vector in state],
+                    vectors[worker],
+                    [vectors[peer][k] for k in range(count) for peer in plan.terms],
+                    exchange.batch([(peer, outgoing) for peer in plan.receivers], list(incoming.items()), number),
+                )
+            )
+        self._sent: dict[int, list[Pending]] = {}
+
+    def begin(self, hyper: list[float], row: Tensor | None, step: int, part: int) -> None:
+        """Use it for a pass with these numbers, which is ``part`` of step number ``step``."""
+        self._hyper, self._row, self._step, self._part = hyper, row, step, part
+        self._sent = {}
+
+    def has_sent(self, bucket: int) -> bool:
+        """Whether the messages of a bucket are under way."""
+        return bucket in self._sent
+
+    def send(self, bucket: int) -> None:
+        """Make the messages of a bucket, by its place in ``places``, and start their exchange."""
+        part = self._buckets[bucket]
+        ops.local_step_(part.x, part.g, part.state, part.mine, self._rule, self._hyper, self._row)
+        stamp = Stamp(self._step, self._part, self._numbers[bucket])
+        self._sent[bucket] = self._exchange.start(part.batch, stamp)
+
+    def finish(self) -> None:
+        """Send what has not been sent, and merge everything."""
+        for bucket in range(len(self._buckets)):
+            if bucket not in self._sent:
+                self.send(bucket)
+        plan, outgoing = self._plan, []
+        for bucket, pending in self._sent.items():
+            self._exchange.wait([one for one in pending if one.incoming])
+            outgoing += [one for one in pending if not one.incoming]
+            x, g, state, _, received, _ = self._buckets[bucket]
+            ops.merge_(x, g, state, received, plan.weights, plan.mean, self._rule, self._hyper, self._row)
+        self._exchange.wait(outgoing)  # the buffers are written again in the next pass
+        self._sent = {}

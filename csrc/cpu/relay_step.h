@@ -19,8 +19,8 @@ struct RelayStepArguments : GossipStepArguments, RelayArguments {
   int64_t edges() const { return 2 * (rows - 1); }
 };
 
-// Wider than a gossip tile: all rows wait for all messages here, and each edge has a loop of its own.
-constexpr int64_t kRelayTileWidth = 128;
+// Though all rows wait for all messages here, and each edge has a loop of its own: wider tiles gain on stars only.
+constexpr int64_t kRelayTileWidth = kGossipTileWidth;
 
 template <template <class> class RuleOf, class Compute>
 struct RelayTile {
@@ -39,46 +39,70 @@ struct RelayTile {
     return static_cast<T*>(a.message) + e * a.message_stride + begin;
   }
 
-  // sum += row, on the coordinates of one tree.
-  static QGM_HD void add(const T* row, int64_t first, int64_t step, int64_t length, T* sum) {
-    if (step == 1) {
-      QGM_INDEPENDENT_ITERATIONS
-      for (int64_t c = 0; c < length; ++c) sum[c] = sum[c] + row[c];
-    } else {
-      QGM_INDEPENDENT_ITERATIONS
-      for (int64_t c = first; c < length; c += step) sum[c] = sum[c] + row[c];
+  static QGM_HD void prefetch_message(const RelayStepArguments& a, int64_t e, int64_t begin) {
+    const T* const message = message_at(a, e, begin);
+    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+    for (int64_t c = 0; c < std::min(kRelayTileWidth, a.cols - begin); c += kLine)
+      __builtin_prefetch(message + c, 1, 2);
+  }
+
+  // out[c] = value(c) for the coordinates of tree k; whole vectors are made also where trees take turns, and of them
+  // those of other trees are left out.
+  template <bool kOneTree, class Length, class Value>
+  static QGM_HD void keep(const int32_t* tree, int32_t k, Length length, T* out, const Value& value) {
+    const int64_t count = length;
+    QGM_INDEPENDENT_ITERATIONS
+    for (int64_t c = 0; c < count; ++c) {
+      const T made = value(c);
+      out[c] = kOneTree || tree[c] == k ? made : out[c];
     }
   }
 
-  static QGM_HD void relay(const RelayStepArguments& a, int64_t k, int64_t begin, int64_t length, const T* h, T* fresh,
-                           T* mixed) {
+  template <bool kOneTree, class Length>
+  static QGM_HD void relay(const RelayStepArguments& a, int32_t k, const int32_t* tree, int64_t begin, Length length,
+                           const T* h, T* fresh, T* mixed) {
     const int32_t* const offsets = a.offsets + k * (a.rows + 1);
     const int32_t* const senders = a.senders + k * a.edges();
     const int32_t* const reverse = a.reverse + k * a.edges();
-    const int64_t step = a.trees, first = ((k - begin) % step + step) % step;
     for (int64_t i = 0; i < a.rows; ++i) {
       const T count = static_cast<const T*>(a.counts)[k * a.rows + i];
+      const T* const own = h + i * kRelayTileWidth;
       T* const total = mixed + i * kRelayTileWidth;
-      for (int64_t c = first; c < length; c += step) total[c] = count * h[i * kRelayTileWidth + c];
+      keep<kOneTree>(tree, k, length, total, [=](int64_t c) { return count * own[c]; });
       for (int64_t e = offsets[i]; e < offsets[i + 1]; ++e) {
         const int64_t s = senders[e];
         T* const sum = fresh + e * kRelayTileWidth;
-        for (int64_t c = first; c < length; c += step) sum[c] = h[s * kRelayTileWidth + c];
+        const T *so_far = h + s * kRelayTileWidth, *last = nullptr;
         for (int64_t f = offsets[s]; f < offsets[s + 1]; ++f) {
-          if (f != reverse[e]) add(message_at(a, f, begin), first, step, length, sum);
+          if (f == reverse[e]) continue;
+          if (last != nullptr) {
+            keep<kOneTree>(tree, k, length, sum, [=](int64_t c) { return so_far[c] + last[c]; });
+            so_far = sum;
+          }
+          last = message_at(a, f, begin);
         }
-        add(sum, first, step, length, total);
+        const int64_t width = length;
+        QGM_INDEPENDENT_ITERATIONS
+        for (int64_t c = 0; c < width; ++c) {
+          const bool mine = kOneTree || tree[c] == k;
+          const T made = last == nullptr ? so_far[c] : so_far[c] + last[c];
+          sum[c] = mine ? made : sum[c];
+          total[c] = mine ? total[c] + made : total[c];
+        }
       }
     }
   }
 
-  static QGM_HD void tile(const RelayStepArguments& a, const Rule& rule, int64_t begin, int64_t length, T* memory,
+  template <class Length>
+  static QGM_HD void tile(const RelayStepArguments& a, const Rule& rule, int64_t begin, Length length, T* memory,
                           T* mixed) {
     const typename Tile::Scratch scratch(a, memory);
     T* const fresh = memory + Tile::Scratch::size(a, Tile::stored(a).staged());
     const StoredRows<T> rows = Tile::stored(a);
+    const int64_t ahead = begin + prefetch_tiles(a.rows) * kRelayTileWidth;
+    for (int64_t e = 0; e < a.edges(); ++e) prefetch_message(a, e, ahead);
     for (int64_t i = 0; i < a.rows; ++i) {
-      Tile::prefetch(a, begin + prefetch_tiles(a.rows) * kRelayTileWidth, i);
+      Tile::prefetch(a, ahead, i);
       const auto r = Tile::row(a, i, begin, scratch);
       if (rows.staged()) {
         rows.load(Tile::x_at(a, i, begin), length, r.x);
@@ -87,7 +111,19 @@ struct RelayTile {
       Values<T*, 1> out{{scratch.messages + i * kRelayTileWidth}};
       Loops::local(rule, r, length, out);
     }
-    for (int64_t k = 0; k < a.trees; ++k) relay(a, k, begin, length, scratch.messages, fresh, mixed);
+    if (a.trees == 1) {
+      relay<true>(a, 0, nullptr, begin, length, scratch.messages, fresh, mixed);
+    } else {
+      int32_t tree[kRelayTileWidth];
+      int32_t next = int32_t(begin % a.trees);
+      for (int32_t& k : tree) {
+        k = next;
+        next = next + 1 < a.trees ? next + 1 : 0;
+      }
+      for (int32_t k = 0; k < a.trees; ++k) {
+        relay<false>(a, k, tree, begin, length, scratch.messages, fresh, mixed);
+      }
+    }
     for (int64_t e = 0; e < a.edges(); ++e) {
       std::copy(fresh + e * kRelayTileWidth, fresh + e * kRelayTileWidth + length, message_at(a, e, begin));
     }
@@ -102,9 +138,13 @@ struct RelayTile {
 
   static QGM_HD void run(const RelayStepArguments& a, int64_t first, int64_t last, T* scratch, T* mixed) {
     const Rule rule(a.hyper);
-    for (int64_t begin = first * kRelayTileWidth; begin < std::min(a.cols, last * kRelayTileWidth);
-         begin += kRelayTileWidth) {
-      tile(a, rule, begin, std::min(kRelayTileWidth, a.cols - begin), scratch, mixed);
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t begin = t * kRelayTileWidth;
+      if (begin + kRelayTileWidth <= a.cols) {
+        tile(a, rule, begin, Tile::kTile, scratch, mixed);
+      } else {
+        tile(a, rule, begin, a.cols - begin, scratch, mixed);
+      }
     }
   }
 };

@@ -40,11 +40,13 @@ from qgm_ext.cli_support import (
     stop_on_signal,
     user_errors,
 )
+from qgm_ext.distributed import PeerLostError
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import doctor as medicine
 from qgm_ext.experiments import runfolder, schedules
 from qgm_ext.experiments.train import Record, Result, Training
+from qgm_ext.experiments.worker_files import by_first
 from qgm_ext.stacked import NonFiniteGradientError
 
 __all__ = ["app", "main"]
@@ -139,9 +141,11 @@ def train(
     """Train n workers on one machine and show how good their models are.
 
     Started by torchrun (`torchrun --nproc-per-node 4 -m qgm_ext train ...`), each process is one worker, and the
-    parameters are those of as many workers in one process on one thread. Checkpoints are written by one process only.
+    parameters are those of as many workers in one process on one thread.
 
-    With --out the run's files are kept; --resume continues a run that was stopped, to the same result.
+    With --out the run's files are kept; --resume continues a run that was stopped, to the same result. Where torchrun
+    starts the workers again (--max-restarts) they do so by themselves, and with another number of processes the run
+    goes on from the average of the workers.
     """
     arguments = locals()
     fields = {field.name for field in dataclasses.fields(configs.TrainConfig)} - {"hyper"}
@@ -158,17 +162,14 @@ def train(
         with user_errors():
             processes = stack.enter_context(process_group())
             if processes > 1:
-                if resume is not None:
-                    raise ValueError("--resume continues a run in one process; start it without torchrun")
-                given.setdefault("workers", processes)
-                if int(os.environ["RANK"]) > 0:  # one worker speaks and writes for all
-                    console.quiet, out, tensorboard = True, None, False
+                console.quiet = int(os.environ["RANK"]) > 0  # one worker speaks for all
+                if out is not None and resume is None and _is_started_again(out):
+                    out, resume = None, out
             if resume is not None:
                 if out is not None:
                     raise ValueError("give --out for a new run or --resume for an old one, not both")
                 if hyper:
-                    algorithm = algorithm or configs.loads(resume / runfolder.CONFIG)[0].algorithm
-                    own |= _parse_hyper(algorithm, hyper)
+                    own |= _parse_hyper(algorithm or _algorithm_of(resume), hyper)
                 training = Training.resume(
                     resume,
                     given={**given, "hyper": own},
@@ -176,6 +177,8 @@ def train(
                     checkpoint_seconds=checkpoint_seconds,
                 )
             else:
+                if processes > 1:
+                    given.setdefault("workers", processes)
                 own |= _parse_hyper(algorithm or configs.TrainConfig.algorithm, hyper or [])
                 config = configs.TrainConfig(**given, hyper=own)
                 training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
@@ -194,6 +197,17 @@ def train(
         console.print(f"Files are in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _is_started_again(out: Path) -> bool:
+    """Whether torchrun has started the workers again after one of them died, and there is a run to go on with."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    return by_first(lambda: "yes" if (out / runfolder.CONFIG).is_file() else "no") == "yes"
+
+
+def _algorithm_of(out: Path) -> str:
+    return by_first(lambda: configs.loads(out / runfolder.CONFIG)[0].algorithm)
+
+
 def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
@@ -206,7 +220,7 @@ def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:
 
 def _announce(console: Console, training: Training) -> None:
     config = training.config
-    for note in training.notes:
+    for note in () if console.quiet else training.notes:
         typer.echo(f"qgm: {note}", err=True)
     hyper = ", ".join(f"{key} {value}" for key, value in {"lr": config.lr, **config.hyper}.items())
     lines = [
@@ -283,6 +297,7 @@ def _show_result(console: Console, result: Result) -> None:
         ("share of time: gradient", "share_gradient", "{:.1%}"),
         ("  optimizer", "share_optimizer", "{:.1%}"),
         ("  evaluation", "share_evaluation", "{:.1%}"),
+        ("bytes sent by all workers", "bytes_sent", "{:,}"),
         ("seconds", "seconds", "{:.1f}"),
     ):
         table.add_row(label, pattern.format(summary[key]))
@@ -448,7 +463,7 @@ def _run_errors(folder: Path | None) -> Iterator[None]:
         yield
     except NonFiniteGradientError as error:
         fail(f"{error}; a smaller --lr or --clip may help", EXIT_FAILED)
-    except OSError as error:
+    except (OSError, PeerLostError) as error:
         hint = "" if folder is None else f"; when that is put right, continue with: qgm train --resume {folder}"
         fail(f"{error}{hint}", EXIT_FAILED)
     except KeyboardInterrupt:

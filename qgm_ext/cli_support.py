@@ -86,10 +86,15 @@ def process_group() -> Iterator[int]:
         yield 1
         return
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo")
+    # Workers that torchrun has started again meet in the store of those before them, whose addresses are still in it.
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group("gloo", store=PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size)
     try:
         yield size
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from process_pool import ProcessPool
 from qgm_ext.experiments.config import TrainConfig
-from qgm_ext.experiments.train import run
+from qgm_ext.experiments.train import resume, run
 
 FIGURES = (
     "step",
@@ -105,14 +105,22 @@ def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Result on the test set") == 1
-    assert "no checkpoints are written" in done.stderr
     expected = run(TrainConfig(workers=2, num_train=300, steps=3, batch=4, alpha=1.0, threads=1))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert figures([json.loads(line) for line in lines]) == figures(expected.metrics)
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name[0] != ".") == [
+        "checkpoints",
         "config.json",
         "learning_curves.png",
         "metrics.jsonl",
         "partition.npz",
         "summary.json",
+        "worker-0-of-2",
+        "worker-1-of-2",
     ]
+    for rank in range(2):
+        own = [json.loads(line) for line in (tmp_path / "run" / f"worker-{rank}-of-2" / "metrics.jsonl").open()]
+        assert [record["worker"] for record in own] == [rank, rank]
+        assert 2 * own[-1]["bytes_sent"] == json.loads(lines[-1])["bytes_sent"] > 0
+    with pytest.raises(ValueError, match="has a process for each worker; resume it with torchrun"):
+        resume(tmp_path / "run")

@@ -11,6 +11,7 @@ Only tensors go through it; all else of an optimizer's state is JSON, with a che
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -30,7 +31,7 @@ from torch.distributed import checkpoint as _torch_checkpoint
 
 from qgm_ext.experiments.runfolder import write_atomically
 
-__all__ = ["Loaded", "consensus_model", "export_safetensors", "load", "save"]
+__all__ = ["Loaded", "consensus_model", "discard_others", "export_safetensors", "load", "save"]
 
 dcp: Any = _torch_checkpoint  # names its functions in a way that type checkers take for private
 
@@ -178,6 +179,19 @@ def load(
     return Loaded(step, extra, False, note)
 
 
+def discard_others(folder: str | os.PathLike[str], workers: int) -> None:
+    """Remove what other numbers of workers than ``workers`` have saved, the oldest first.
+
+    For runs whose steps count less after such a change, so that :func:`load` could take an old step for a newer one.
+    Any of the workers may call it, once a step of theirs is whole.
+    """
+    root = Path(folder)
+    for step, found in _saved(root).items():
+        for size, ranks in found.items():
+            for rank in ranks if size != workers else ():
+                _remove(root, step, rank, size)
+
+
 def consensus_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Return a copy of the model with the average of all workers' parameters and buffers; a collective.
 
@@ -254,8 +268,11 @@ def _saved(root: Path) -> dict[int, dict[int, set[int]]]:
         match = _STEP.fullmatch(folder.name)
         if match is None:
             continue
-        for entry in folder.iterdir():
-            worker = _WORKER.fullmatch(entry.name)
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError):  # another worker may have just removed it
+            names = os.listdir(folder)
+        for name in names:
+            worker = _WORKER.fullmatch(name)
             if worker is not None:
                 found.setdefault(int(match[1]), {}).setdefault(int(worker[2]), set()).add(int(worker[1]))
     return dict(sorted(found.items()))
@@ -289,11 +306,13 @@ def _remove_old(root: Path, rank: int, size: int) -> None:
     last = whole if whole or not alone else own
     for step in own:
         if len(last) >= _KEPT and step < last[-_KEPT]:
-            shutil.rmtree(root / f"step-{step:08d}" / f"worker-{rank}-of-{size}", ignore_errors=True)
-            try:
-                (root / f"step-{step:08d}").rmdir()
-            except OSError:  # others are still in it
-                continue
+            _remove(root, step, rank, size)
+
+
+def _remove(root: Path, step: int, rank: int, size: int) -> None:
+    shutil.rmtree(root / f"step-{step:08d}" / f"worker-{rank}-of-{size}", ignore_errors=True)
+    with contextlib.suppress(OSError):  # others are still in it, or it is gone
+        (root / f"step-{step:08d}").rmdir()
 
 
 def _sync(folder: Path) -> None:

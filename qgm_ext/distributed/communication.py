@@ -32,6 +32,9 @@ class Communication:
     wire_bytes_received: int = 0
     seconds: float = 0.0
 
+    def __add__(self, more: Communication) -> Communication:
+        return Communication(*(one + other for one, other in zip(astuple(self), astuple(more), strict=True)))
+
     def __sub__(self, before: Communication) -> Communication:
         return Communication(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 

@@ -25,7 +25,7 @@ from qgm_ext.experiments import schedules
 from qgm_ext.simulator import EngineChoice
 from qgm_ext.stacked import OnNonfinite
 
-__all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse_hyper"]
+__all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse", "parse_hyper"]
 
 CONFIG_FORMAT = "qgm_ext.train/2"
 
@@ -226,8 +226,21 @@ def loads(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         OSError: if it can't be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The same for the text of a config.json that came another way; ``path`` is for the errors.
+
+    Raises:
+        ValueError: as :func:`loads`.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is damaged or no config of qgm train: it has no 'format'")

@@ -17,11 +17,14 @@ _PLACES = {
     "accuracy_local_min": "accuracy/local_min",
     "accuracy_local_max": "accuracy/local_max",
     "accuracy_average": "accuracy/average",
+    "accuracy": "accuracy/own",
     "validation_accuracy_local_mean": "accuracy/validation_local_mean",
     "validation_accuracy_average": "accuracy/validation_average",
     "validation_loss_local_mean": "loss/validation",
     "consensus_distance": "consensus_distance",
     "lr": "lr",
+    "bytes_sent": "bytes_sent",
+    "seconds": "seconds",
 }
 
 

@@ -119,6 +119,21 @@ class RunFolder:
         run._remove_leftovers()
         return run
 
+    @classmethod
+    def of_worker(cls, path: Path) -> RunFolder:
+        """Take the folder, in that of a run, of a worker in a process of its own; it is made if need be.
+
+        Raises:
+            ValueError: if it can't be written to, or is in use.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, lock_folder(path, "worker"))
+        except OSError as error:
+            raise ValueError(f"folder {path} of a worker can't be written to: {error.strerror or error}") from error
+        run._remove_leftovers()
+        return run
+
     def file(self, name: str) -> Path:
         """The path of one of the run's files."""
         return self.path / name
@@ -148,14 +163,18 @@ class RunFolder:
         self._metrics.write(_line(record))
         self._metrics.flush()
 
+    def flush_metrics(self) -> None:
+        """Flush metrics.jsonl to the disk: a checkpoint is written after the metrics that it knows of."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
     def save_checkpoint(self, content: Mapping[str, Any]) -> None:
         """Write checkpoint.pt atomically, after the metrics that it knows of.
 
         Args:
             content: tensors, numbers, strings and containers of them: what torch.load(weights_only=True) can read.
         """
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+        self.flush_metrics()
         write_atomically(self.file(CHECKPOINT), lambda file: torch.save(dict(content), file))
 
     def load_checkpoint(self) -> dict[str, Any] | None:

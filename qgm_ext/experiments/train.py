@@ -1,4 +1,6 @@
-"""A training run: n workers on one device, from a TrainConfig to a Result, resumable to the same bits.
+"""A training run: n workers, from a TrainConfig to a Result, resumable to the same bits.
+
+All of them are in this process on one device, or, in a process group of torch.distributed, one is in each process.
 
 ``run(config)`` is the whole of it for a script; :class:`Training` is the same in two halves, so that a caller can show
 the partition before the first step. Everything that decides the outcome is in the config; one seed drives the initial
@@ -10,11 +12,13 @@ none.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,12 +31,15 @@ from torch.nn import functional
 
 import qgm_ext
 from qgm_ext import algorithms, data, models, ops, topology
+from qgm_ext.distributed import checkpoint as checkpoints
+from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import curves, events, runfolder
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.runfolder import RunFolder
 from qgm_ext.experiments.schedules import Schedule
+from qgm_ext.experiments.worker_files import WorkerFiles, by_first, has_peers
 from qgm_ext.simulator import Simulator
 
 __all__ = ["Record", "Result", "Training", "resume", "run"]
@@ -118,6 +125,9 @@ class Training:
         tensorboard: write events to ``out``/tensorboard as well.
         checkpoint_seconds: seconds between checkpoints; 0: one after every step. Has no influence on the outcome.
 
+    In a process group every process gives the same arguments; ``out`` is one folder, or one on each machine, and rank 0
+    keeps the files of the run, each worker some of its own (:mod:`qgm_ext.experiments.worker_files`).
+
     Attributes:
         config: complete, with every default filled in.
         dataset, partition: the data and their split.
@@ -141,12 +151,19 @@ class Training:
         if tensorboard and out is None:
             raise ValueError("tensorboard needs an out folder, where its events are written")
         with contextlib.ExitStack() as stack:
-            folder = None if out is None else stack.enter_context(RunFolder.create(out))
+            taken: list[RunFolder] = []
+
+            def take() -> str:
+                if out is not None:
+                    taken.append(stack.enter_context(RunFolder.create(out)))
+                return ""
+
+            by_first(take)
+            folder = taken[0] if taken else None
             self._build(config, folder, None, tensorboard, checkpoint_seconds)
-            if folder is not None:
-                # First, for it is what makes the folder a run that can be resumed; all else follows from it.
-                folder.write_text(runfolder.CONFIG, configs.dumps(self.config, self._about()))
-                self.partition.save(folder.file(runfolder.PARTITION))
+            if out is not None:
+                by_first(self._write_start)
+                self._take_own_files(stack, Path(out))
             self._stack = stack.pop_all()
 
     @classmethod
@@ -168,24 +185,47 @@ class Training:
 
         Raises:
             ValueError: if there is no run in the folder, a file is damaged, or ``given`` contradicts the run.
+
+        In a process group of another size than before, all workers start from the average of the saved models, at the
+        epoch (of a run of so many steps: at the step) where it was; ``notes`` says so.
         """
         algorithms.check_number("checkpoint_seconds", checkpoint_seconds, low=0.0)
         self = cls.__new__(cls)
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(RunFolder.open(out))
-            config, about = configs.loads(folder.file(runfolder.CONFIG))
+            taken: list[RunFolder] = []
+
+            def take() -> str:
+                folder = stack.enter_context(RunFolder.open(out))
+                _check_kind(folder)
+                taken.append(folder)
+                return folder.file(runfolder.CONFIG).read_text(encoding="utf-8")
+
+            text = by_first(take)
+            folder, path = taken[0] if taken else None, Path(out)
+            stored_config, about = configs.parse(text, path / runfolder.CONFIG)
+            config = stored_config
+            if has_peers() and config.workers != dist.get_world_size():
+                config = dataclasses.replace(config, workers=dist.get_world_size())
             differing = config.contradictions(given or {})
             if differing:
-                raise ValueError(f"can't resume {folder.path} with other options: {'; '.join(differing)}")
-            stored = folder.file(runfolder.PARTITION)
-            partition = data.Partition.load(stored) if stored.exists() else None
+                raise ValueError(f"can't resume {path} with other options: {'; '.join(differing)}")
+            stored, partition = path / runfolder.PARTITION, None
+            if config == stored_config and stored.exists():
+                partition = data.Partition.load(stored)
             self._build(config, folder, partition, tensorboard or bool(about.get("tensorboard")), checkpoint_seconds)
-            self._check_about(folder, about)
-            if partition is None:  # killed before it was written; what has been drawn again is the same, as checked
+            self._check_about(path, about, same_workers=config == stored_config)
+            if config != stored_config:
+                by_first(self._write_start)
+            elif partition is None and folder is not None:
+                # Killed before it was written; what has been drawn again is the same, as checked.
                 self.partition.save(stored)
-            checkpoint = folder.load_checkpoint()
-            if checkpoint is not None:
-                self._restore(folder, checkpoint)
+            self._take_own_files(stack, path)
+            if self._own is not None:
+                self._restore_worker(self._own, path)
+            elif folder is not None:
+                checkpoint = folder.load_checkpoint()
+                if checkpoint is not None:
+                    self._restore(folder, checkpoint)
             self._stack = stack.pop_all()
         return self
 
@@ -231,7 +271,7 @@ class Training:
             torch.manual_seed(config.seed)
             model = models.get(config.model, self.dataset.input_shape, self.dataset.num_classes)
             graph = topology.get(config.topology, config.workers)
-            if _has_peers():
+            if has_peers():
                 _check_process(config)
                 self._sim: Simulator | ProcessWorker = ProcessWorker(
                     model.to(self._device, dtype),
@@ -263,8 +303,23 @@ class Training:
         self._spent = {"gradient": 0.0, "optimizer": 0.0, "evaluation": 0.0, "total": 0.0}
         self._rng: dict[str, Tensor] | None = None
         self.notes: list[str] = []
-        if folder is not None and isinstance(self._sim, ProcessWorker):
-            self.notes.append("no checkpoints are written where each worker has a process of its own")
+        self._own: WorkerFiles | None = None
+        self._own_metrics: list[Record] = []
+        self._communication_before = Communication()  # of this worker in earlier legs of a resumed run
+        self._bytes_of_others = 0  # by workers that are no more
+
+    def _write_start(self) -> str:
+        """Write what makes the folder a run that can be resumed; the config first, for all else follows from it."""
+        if self._folder is not None:
+            self._folder.file(runfolder.PARTITION).unlink(missing_ok=True)
+            self._folder.write_text(runfolder.CONFIG, configs.dumps(self.config, self._about()))
+            self.partition.save(self._folder.file(runfolder.PARTITION))
+        return ""
+
+    def _take_own_files(self, stack: contextlib.ExitStack, out: Path) -> None:
+        if isinstance(self._sim, ProcessWorker):
+            files = WorkerFiles(out, self._sim, self._tensorboard, self._checkpoint_seconds)
+            self._own = stack.enter_context(files)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -298,6 +353,8 @@ class Training:
                 if self._tensorboard:
                     writer = events.EventWriter(self._folder.file("tensorboard"), self._metrics)
                     stack.callback(writer.close)
+            if self._own is not None:
+                self._own.start(self.step, self._own_metrics)
 
             def evaluate() -> None:
                 record = self._evaluate(before + time.perf_counter() - start)
@@ -305,6 +362,8 @@ class Training:
                     self._folder.append_metrics(record)
                 if writer is not None:
                     writer.write(record)
+                if self._own is not None:
+                    self._own.append(self._own_metrics[-1])
                 if on_evaluation is not None:
                     on_evaluation(record)
 
@@ -325,7 +384,8 @@ class Training:
                         evaluate()
                 now = time.perf_counter()
                 self._spent["total"] = before + now - start
-                if stopped or self.step == self.num_steps or now - saved >= self._checkpoint_seconds:
+                due = now - saved >= self._checkpoint_seconds if self._own is None else self._own.due(self.step)
+                if stopped or self.step == self.num_steps or due:
                     self._save_checkpoint()
                     saved = now
             result = self._result()
@@ -368,7 +428,12 @@ class Training:
             for losses in self._sim.gather(torch.stack(self._own_losses)).unbind(1):
                 self._count_losses(losses)
             self._own_losses = []
-        return int(self._sim.gather(torch.tensor(self._sim.opt.communication.bytes_sent)).sum())
+        mine = torch.tensor(self._own_communication(self._sim).bytes_sent)
+        return int(self._sim.gather(mine).sum()) + self._bytes_of_others
+
+    def _own_communication(self, sim: ProcessWorker) -> Communication:
+        """What this worker has exchanged, earlier legs of a resumed run included."""
+        return self._communication_before + sim.opt.communication
 
     def _evaluate(self, seconds: float) -> Record:
         # A small model is faster on one thread, and on a busy machine very much so: a second one is waited for.
@@ -384,6 +449,7 @@ class Training:
                     "validation_accuracy_average": held_out.accuracy_average,
                     "validation_loss_local_mean": held_out.loss_local_mean,
                 }
+        own_losses = self._own_losses
         bytes_sent = self._gather_bytes_and_losses()
         record = {
             "step": self.step,
@@ -402,6 +468,21 @@ class Training:
         }
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64, device=self._device), 0
         self._metrics.append(record)
+        if isinstance(self._sim, ProcessWorker):
+            times, communication = self._times(), self._own_communication(self._sim)
+            self._own_metrics.append(
+                {
+                    **{key: record[key] for key in ("step", "epoch", "lr", "seconds", "seconds_training")},
+                    "worker": self._sim.worker,
+                    "loss": float(torch.stack(own_losses).double().mean()) if own_losses else None,
+                    "accuracy": found.accuracy_local[self._sim.worker],
+                    "bytes_sent": communication.bytes_sent,
+                    "wire_bytes_sent": communication.wire_bytes_sent,
+                    "seconds_gradient": round(times["gradient"], 3),
+                    "seconds_optimizer": round(times["optimizer"], 3),
+                    "seconds_waiting": round(communication.seconds, 3),
+                }
+            )
         return record
 
     def _result(self) -> Result:
@@ -440,6 +521,8 @@ class Training:
         return self._spent | {key: self._spent[key] + value for key, value in self._sim.timings._asdict().items()}
 
     def _save_checkpoint(self) -> None:
+        if isinstance(self._sim, ProcessWorker):
+            self._save_worker(self._sim)
         if self._folder is None or isinstance(self._sim, ProcessWorker):
             return
         rng = {"cpu": torch.get_rng_state()}
@@ -468,9 +551,8 @@ class Training:
             )
         if checkpoint.get("config_digest") != _config_digest(self.config):
             raise ValueError(f"{path} belongs to another run than {runfolder.CONFIG} beside it")
-        if isinstance(self._sim, ProcessWorker):
-            raise ValueError("--resume continues a run in one process; start it without torchrun")
         try:
+            assert isinstance(self._sim, Simulator)  # as _check_kind has seen to
             self._sim.load_state_dict(checkpoint["simulator"])
             self.step = checkpoint["step"]
             self._metrics = checkpoint["metrics"]
@@ -480,6 +562,57 @@ class Training:
             self._rng = checkpoint["rng"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+    def _save_worker(self, sim: ProcessWorker) -> None:
+        if self._own is None:
+            return
+        self._own.save(
+            self.step,
+            {
+                "format": _CHECKPOINT_FORMAT,
+                "config_digest": _config_digest(self.config),
+                "epoch": self.step / self._batches.steps_per_epoch,
+                "metrics": self._metrics,
+                "own_metrics": self._own_metrics,
+                "losses": torch.stack(self._own_losses) if self._own_losses else None,
+                "communication": dataclasses.asdict(self._own_communication(sim)),
+                "bytes_of_others": self._bytes_of_others,
+                "skipped_steps": sim.opt.skipped_steps,
+                "spent": self._times(),
+            },
+        )
+
+    def _restore_worker(self, own: WorkerFiles, out: Path) -> None:
+        """Take up this worker's part, or, where there were more or fewer workers, the average of all."""
+        found = own.load()
+        if found is None:
+            return
+        loaded, rng = found
+        extra = loaded.extra
+        if extra.get("format") != _CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"{out} has checkpoints of version {extra.get('format')!r}, this qgm_ext reads {_CHECKPOINT_FORMAT!r}; "
+                "resume with the qgm_ext that wrote it"
+            )
+        self._metrics, self._spent = extra["metrics"], extra["spent"]
+        if not loaded.resumed:
+            self.step = loaded.step if self.config.steps else round(extra["epoch"] * self.steps_per_epoch)
+            self._bytes_of_others = self._metrics[-1]["bytes_sent"]
+            self.notes.append(f"{loaded.note}; the run goes on at step {self.step} of {self.num_steps}")
+            # Of other numbers of workers nothing must be left, or it might be taken for newer than what comes.
+            self._save_checkpoint()
+            dist.barrier()
+            checkpoints.discard_others(own.checkpoints, self.config.workers)
+            return
+        if extra["config_digest"] != _config_digest(self.config):
+            raise ValueError(f"{own.checkpoints} belongs to another run than {runfolder.CONFIG} beside it")
+        self.step = loaded.step
+        self._own_metrics = extra["own_metrics"]
+        self._own_losses = [] if extra["losses"] is None else list(extra["losses"])
+        self._communication_before = Communication(**extra["communication"])
+        self._bytes_of_others = extra["bytes_of_others"]
+        self._sim.opt.skipped_steps = extra["skipped_steps"]
+        self._rng = {"cpu": rng}
 
     @contextlib.contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -501,19 +634,18 @@ class Training:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "tensorboard": self._tensorboard,
+            "process_per_worker": isinstance(self._sim, ProcessWorker),
             "num_steps": self.num_steps,
             "data_digest": _digest(self.dataset),
             "partition_digest": self.partition.digest(),
         }
 
-    def _check_about(self, folder: RunFolder, about: dict[str, Any]) -> None:
+    def _check_about(self, out: Path, about: dict[str, Any], same_workers: bool) -> None:
         mine = self._about()
-        if about.get("partition_digest") != mine["partition_digest"]:
-            raise ValueError(f"{folder.file(runfolder.PARTITION)} is not the partition that the run was started with")
+        if same_workers and about.get("partition_digest") != mine["partition_digest"]:
+            raise ValueError(f"{out / runfolder.PARTITION} is not the partition that the run was started with")
         if about.get("data_digest") != mine["data_digest"]:
-            raise ValueError(
-                f"the data set {self.dataset.name} is not the one that the run in {folder.path} was started with"
-            )
+            raise ValueError(f"the data set {self.dataset.name} is not the one that the run in {out} was started with")
         self.notes = [
             f"the run was started with {package} {about.get(package)}, this is {mine[package]}: "
             "the last bits of the result may differ from an uninterrupted run's"
@@ -522,9 +654,16 @@ class Training:
         ]
 
 
-def _has_peers() -> bool:
-    """Whether this process is one worker of several: torchrun started it, and it has joined their group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _check_kind(folder: RunFolder) -> None:
+    """Refuse to go on with a process for each worker where there was one for all, and the other way round."""
+    _, about = configs.loads(folder.file(runfolder.CONFIG))
+    if about.get("process_per_worker", False) == has_peers():
+        return
+    if has_peers():
+        raise ValueError(f"the run in {folder.path} has all workers in one process; resume it without torchrun")
+    raise ValueError(
+        f"the run in {folder.path} has a process for each worker; resume it with torchrun and at least two processes"
+    )
 
 
 def _check_process(config: TrainConfig) -> None:

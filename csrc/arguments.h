@@ -24,6 +24,7 @@ struct GossipStepArguments {
   Mixing mixing;
   const double* hyper;
   const void* row_scalars;  // [rows, kRowScalars], compute type; null if the rule has none
+  double* block_sums;       // [rows, reduce_blocks(cols)]: written; null if the rule has no kNormState
 };
 
 struct LocalStepArguments {
@@ -49,6 +50,7 @@ struct MergeArguments {
   int64_t size;
   const double* hyper;
   const void* row_scalars;  // [kRowScalars], compute type; null if the rule has none
+  double* block_sums;       // [reduce_blocks(size)]: written; null if the rule has no kNormState
 };
 
 struct ReduceArguments {
@@ -62,5 +64,7 @@ struct ReduceArguments {
 // ascending order in double. A short last block just has fewer terms.
 constexpr int64_t kReduceBlock = 4096;
 constexpr int64_t kReduceLanes = 256;
+
+constexpr int64_t reduce_blocks(int64_t cols) { return (cols + kReduceBlock - 1) / kReduceBlock; }
 
 }  // namespace qgm

@@ -2,7 +2,7 @@
 // a wrong call from becoming a wild read. qgm_ext/ops.py, the only caller, has checked all else.
 //
 // A Backend has: registry(), a vector of entries (name, hyper, states, messages, row_scalars, merge_reads_x,
-// merge_reads_grad, and gossip_step, local_step, merge by dtype); the types GossipStep, LocalStep,
+// merge_reads_grad, norm_state, and gossip_step, local_step, merge by dtype); the types GossipStep, LocalStep,
 // Merge, derived from the structs of arguments.h; place(arguments, where...), which fills in what the
 // derived type adds; check_mixing(mixing, rows, nnz).
 #pragma once
@@ -42,7 +42,7 @@ struct Binding {
   static void gossip_step(int rule, int dtype, Address x, Address g, const std::vector<Address>& state, int64_t rows,
                           int64_t cols, int64_t x_stride, int64_t g_stride, int64_t state_stride, int form,
                           Address row_offsets, Address columns, Address weights, int64_t nnz,
-                          const std::vector<double>& hyper, Address row_scalars, Where... where) {
+                          const std::vector<double>& hyper, Address row_scalars, Address block_sums, Where... where) {
     const auto& r = entry(rule);
     typename Backend::GossipStep a{};
     a.x = pointer(x);
@@ -59,6 +59,7 @@ struct Binding {
     Backend::check_mixing(a.mixing, rows);
     a.hyper = hyper.data();
     a.row_scalars = pointer(row_scalars);
+    a.block_sums = static_cast<double*>(pointer(block_sums));
     Backend::place(a, where...);
     const pybind11::gil_scoped_release release;
     r.gossip_step[dtype](a);
@@ -85,7 +86,7 @@ struct Binding {
 
   static void merge(int rule, int dtype, Address x, Address g, const std::vector<Address>& state,
                     const std::vector<Address>& received, const std::vector<double>& weights, bool mean, int64_t size,
-                    const std::vector<double>& hyper, Address row_scalars, Where... where) {
+                    const std::vector<double>& hyper, Address row_scalars, Address block_sums, Where... where) {
     const auto& r = entry(rule);
     typename Backend::Merge a{};
     a.x = pointer(x);
@@ -102,6 +103,7 @@ struct Binding {
     a.size = size;
     a.hyper = hyper.data();
     a.row_scalars = pointer(row_scalars);
+    a.block_sums = static_cast<double*>(pointer(block_sums));
     Backend::place(a, where...);
     const pybind11::gil_scoped_release release;
     r.merge[dtype](a);
@@ -118,6 +120,7 @@ struct Binding {
       d["row_scalars"] = r.row_scalars;
       d["merge_reads_x"] = r.merge_reads_x;
       d["merge_reads_grad"] = r.merge_reads_grad;
+      d["norm_state"] = r.norm_state;
       out.append(d);
     }
     return out;
@@ -128,6 +131,7 @@ struct Binding {
     m.def("local_step", &local_step);
     m.def("merge", &merge);
     m.def("rules", &rules, "The compiled rules, in registry order: list of dicts.");
+    m.attr("REDUCE_BLOCK") = kReduceBlock;
   }
 };
 

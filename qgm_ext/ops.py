@@ -1,12 +1,13 @@
 """The op surface: schemas, argument checks and dispatch to the native kernels. Nothing else names those modules.
 
-Seven ops, registered with torch.library as ``torch.ops.qgm_ext.*``; the first four change tensors in place and return
+Eight ops, registered with torch.library as ``torch.ops.qgm_ext.*``; the first four change tensors in place and return
 nothing:
 
 - ``gossip_step_``: the fused step of n stacked workers: local step, gossip averaging and merge in one pass;
 - ``relay_step_``: the same with messages relayed over trees, RelaySum;
 - ``local_step_``, ``merge_``: the same step of one worker in two halves, around communication;
-- ``squared_norms``, ``consensus_distance``, ``rows_are_finite``: reductions with a fixed order of summation.
+- ``squared_norms``, ``consensus_distance``, ``rows_are_finite``: reductions with a fixed order of summation;
+- ``sum_blocks``: the end of ``squared_norms``, for a rule whose pass has summed the squares block by block.
 
 What a step computes is said by a *rule*, a name from :func:`rules`; its state vectors and hyper-parameters are listed
 in the header of the rule (csrc/rules). :mod:`qgm_ext.algorithms` maps algorithms to rules. The same step in plain
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "REDUCE_BLOCK",
     "Rule",
     "compute_dtype",
     "consensus_distance",
@@ -34,15 +36,19 @@ __all__ = [
     "has_native",
     "local_step_",
     "merge_",
+    "new_block_sums",
     "relay_step_",
     "rows_are_finite",
     "rules",
     "squared_norms",
+    "sum_blocks",
 ]
 
 # The codes of csrc/cpu/registry.h and csrc/mixing.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
+#: Coordinates that a reduction sums together first: kReduceBlock of csrc/arguments.h.
+REDUCE_BLOCK = 4096
 
 
 class Rule(NamedTuple):
@@ -56,6 +62,7 @@ class Rule(NamedTuple):
     row_scalars: int
     merge_reads_x: bool
     merge_reads_grad: bool
+    norm_state: int  # the state whose squares a pass sums by blocks, -1 for none
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -187,6 +194,24 @@ def _row_scalars(op: str, rule: Rule, row_scalars: Tensor | None, x: Tensor) -> 
     return row_scalars.data_ptr()
 
 
+def _block_sums(op: str, rule: Rule, block_sums: Tensor | None, x: Tensor) -> int:
+    """The address where a rule's pass leaves its block sums, or 0 for a rule that has no norm."""
+    if block_sums is None:
+        if rule.norm_state >= 0:
+            raise ValueError(f"{op}: rule {rule.name!r} sums squares of its state and needs block_sums, got none")
+        return 0
+    if rule.norm_state < 0:
+        raise ValueError(f"{op}: rule {rule.name!r} takes no block_sums, got {_describe(block_sums)}")
+    _check_like(op, "block_sums", block_sums, _block_sums_shape(x), torch.float64, x.device)
+    if not block_sums.is_contiguous():
+        raise ValueError(f"{op}: block_sums must be contiguous, got strides {block_sums.stride()}")
+    return block_sums.data_ptr()
+
+
+def _block_sums_shape(x: Tensor) -> torch.Size:
+    return torch.Size((*x.shape[:-1], -(-x.shape[-1] // REDUCE_BLOCK)))
+
+
 def _launch(device: torch.device) -> tuple[int, ...]:
     """What a native call needs besides its data: the thread count, or the device and its current stream."""
     if device.type == "cpu":
@@ -205,6 +230,7 @@ def _gossip_step(
     rule: str,
     hyper: list[float],
     row_scalars: Tensor | None = None,
+    block_sums: Tensor | None = None,
 ) -> None:
     op, device = "gossip_step_", x.device
     _check_x(op, x, 2)
@@ -243,6 +269,7 @@ def _gossip_step(
         columns.numel(),
         hyper,
         _row_scalars(op, known, row_scalars, x),
+        _block_sums(op, known, block_sums, x),
         *_launch(device),
     )
 
@@ -351,6 +378,7 @@ def _merge(
     rule: str,
     hyper: list[float],
     row_scalars: Tensor | None = None,
+    block_sums: Tensor | None = None,
 ) -> None:
     op, device = "merge_", x.device
     _check_x(op, x, 1)
@@ -380,6 +408,7 @@ def _merge(
         x.numel(),
         hyper,
         _row_scalars(op, known, row_scalars, x),
+        _block_sums(op, known, block_sums, x),
         *_launch(device),
     )
 
@@ -390,8 +419,7 @@ def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:
     scratch: tuple[int, ...] = ()
     if x.device.type == "cuda":
         # One sum per row and block of coordinates. Freed on return: the caching allocator reuses it in stream order.
-        blocks = -(-x.shape[1] // native.REDUCE_BLOCK)
-        sums = torch.empty(x.shape[0] * blocks, dtype=torch.float64, device=x.device)
+        sums = torch.empty(_block_sums_shape(x), dtype=torch.float64, device=x.device)
         scratch = (sums.data_ptr(),)
     kernel, where = getattr(native, op), _launch(x.device)
     kernel(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *scratch, *where)
@@ -400,6 +428,15 @@ def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:
 
 def _squared_norms(x: Tensor) -> Tensor:
     return _reduce("squared_norms", x, torch.empty(x.shape[:1], dtype=torch.float64, device=x.device))
+
+
+def _sum_blocks(block_sums: Tensor) -> Tensor:
+    if block_sums.dim() != 2 or block_sums.dtype != torch.float64 or not block_sums.is_contiguous():
+        raise ValueError(f"sum_blocks: block_sums must be [n, blocks] float64, contiguous, got {_describe(block_sums)}")
+    out = torch.empty(block_sums.shape[:1], dtype=torch.float64, device=block_sums.device)
+    native = _native(block_sums.device.type)
+    native.sum_blocks(block_sums.data_ptr(), *block_sums.shape, out.data_ptr(), *_launch(block_sums.device))
+    return out
 
 
 def _consensus_distance(x: Tensor) -> Tensor:
@@ -414,7 +451,7 @@ _library = torch.library.Library("qgm_ext", "DEF")  # type: ignore[no-untyped-ca
 _SCHEMAS: dict[str, tuple[str, Any]] = {
     "gossip_step_": (
         "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor row_offsets, Tensor columns, Tensor weights, "
-        "str form, str rule, float[] hyper, Tensor? row_scalars=None) -> ()",
+        "str form, str rule, float[] hyper, Tensor? row_scalars=None, Tensor(c!)? block_sums=None) -> ()",
         _gossip_step,
     ),
     "relay_step_": (
@@ -429,10 +466,11 @@ _SCHEMAS: dict[str, tuple[str, Any]] = {
     ),
     "merge_": (
         "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor[] received, float[] weights, bool mean, str rule, "
-        "float[] hyper, Tensor? row_scalars=None) -> ()",
+        "float[] hyper, Tensor? row_scalars=None, Tensor(c!)? block_sums=None) -> ()",
         _merge,
     ),
     "squared_norms": ("(Tensor x) -> Tensor", _squared_norms),
+    "sum_blocks": ("(Tensor block_sums) -> Tensor", _sum_blocks),
     "consensus_distance": ("(Tensor x) -> Tensor", _consensus_distance),
     "rows_are_finite": ("(Tensor x) -> Tensor", _rows_are_finite),
 }
@@ -445,6 +483,9 @@ for _name in ("gossip_step_", "relay_step_", "local_step_", "merge_"):
     torch.library.register_fake(f"qgm_ext::{_name}", lambda *args: None, lib=_library)
 torch.library.register_fake(
     "qgm_ext::squared_norms", lambda x: x.new_empty(x.shape[:1], dtype=torch.float64), lib=_library
+)
+torch.library.register_fake(
+    "qgm_ext::sum_blocks", lambda block_sums: block_sums.new_empty(block_sums.shape[:1]), lib=_library
 )
 torch.library.register_fake("qgm_ext::consensus_distance", lambda x: x.new_empty((), dtype=torch.float64), lib=_library)
 torch.library.register_fake(
@@ -461,6 +502,7 @@ def gossip_step_(
     rule: str,
     hyper: list[float],
     row_scalars: Tensor | None = None,
+    block_sums: Tensor | None = None,
 ) -> None:
     """One fused step of n workers: local step, x_new_i = sum_j w_ij message_j, merge. Each number is read once.
 
@@ -474,12 +516,14 @@ def gossip_step_(
         rule: which algorithm, a name from :func:`rules`.
         hyper: the rule's hyper-parameters in the order of its header.
         row_scalars: the rule's numbers for each worker, [n, k] contiguous in the state's dtype, if it has any.
+        block_sums: what :func:`new_block_sums` gives for x, if the rule has a state whose norm it needs: the new
+            state's squares of each worker are summed there block by block, for :func:`sum_blocks`. Written.
 
     Raises:
         TypeError, ValueError: if a tensor has another shape, dtype, device or layout, tensors overlap, or rule, form
             or the numbers of states and hyper-parameters don't fit; nothing has been changed then.
     """
-    torch.ops.qgm_ext.gossip_step_.default(x, g, state, *mixing, form, rule, hyper, row_scalars)
+    torch.ops.qgm_ext.gossip_step_.default(x, g, state, *mixing, form, rule, hyper, row_scalars, block_sums)
 
 
 def relay_step_(
@@ -550,6 +594,7 @@ def merge_(
     rule: str,
     hyper: list[float],
     row_scalars: Tensor | None = None,
+    block_sums: Tensor | None = None,
 ) -> None:
     """The half of a step after communication: mixes the messages and makes the new parameters and state.
 
@@ -564,11 +609,23 @@ def merge_(
         rule: as in :func:`gossip_step_`.
         hyper: as in :func:`gossip_step_`.
         row_scalars: this worker's row of those of :func:`gossip_step_`, [k].
+        block_sums: this worker's row of those of :func:`gossip_step_`, [blocks]. Of a bucket that begins at a multiple
+            of :data:`REDUCE_BLOCK` they are the bucket's part of the whole row's.
 
     Raises:
         TypeError, ValueError: as in :func:`gossip_step_`.
     """
-    torch.ops.qgm_ext.merge_.default(x, g, state, received, weights, mean, rule, hyper, row_scalars)
+    torch.ops.qgm_ext.merge_.default(x, g, state, received, weights, mean, rule, hyper, row_scalars, block_sums)
+
+
+def new_block_sums(x: Tensor) -> Tensor:
+    """Room for the block sums of a pass over x: float64 [n, ceil(D / 4096)], or [ceil(D / 4096)] for x [D]."""
+    return x.new_empty(_block_sums_shape(x), dtype=torch.float64)
+
+
+def sum_blocks(block_sums: Tensor) -> Tensor:
+    """The squared norms of the rows whose block sums a pass has left, float64 [n]: those of :func:`squared_norms`."""
+    return torch.ops.qgm_ext.sum_blocks.default(block_sums)  # type: ignore[no-any-return]
 
 
 def squared_norms(x: Tensor) -> Tensor:

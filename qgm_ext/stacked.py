@@ -270,7 +270,8 @@ class StackedOptimizer:
             ops.relay_step_(self.x, g, state, self._state[part.messages], tensors, counts, part.rule, part.hyper)
             return
         mixing = part.mixing.tensors(self.x.device, compute)
-        ops.gossip_step_(self.x, g, state, mixing, part.mixing.form, part.rule, part.hyper, part.row_scalars)
+        numbers = (part.row_scalars, part.block_sums)
+        ops.gossip_step_(self.x, g, state, mixing, part.mixing.form, part.rule, part.hyper, *numbers)
 
     def _bytes_of(self, part: Pass | RelayPass) -> int:
         """What all workers together send for one pass."""

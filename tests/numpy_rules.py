@@ -33,6 +33,22 @@ def mix(messages: list[Array], mixing: Any) -> list[Array]:
     return out
 
 
+def block_sums(row: Array) -> list[float]:
+    """Sums of squares of each block of 4096 numbers: 256 lanes in ascending order, then halves."""
+    sums = []
+    for block in np.split(row, range(4096, len(row), 4096)):
+        lanes = np.zeros(256, row.dtype)
+        for begin in range(0, len(block), 256):
+            part = block[begin : begin + 256]
+            lanes[: len(part)] = lanes[: len(part)] + part * part
+        half = 128
+        while half:
+            lanes[:half] = lanes[:half] + lanes[half : 2 * half]
+            half //= 2
+        sums.append(float(lanes[0]))
+    return sums
+
+
 def gossip_step(
     x: torch.Tensor,
     g: torch.Tensor,

@@ -407,6 +407,8 @@ def test_a_plan_changes_nothing_and_says_what_is_launched() -> None:
     assert checking.plan() is None
     compressing = qgm.StackedOptimizer(torch.zeros(4, 3), topology.ring(4), "choco_sgd", lr=0.5)
     assert compressing.plan() is None
+    norming = qgm.StackedOptimizer(torch.zeros(4, 3), topology.ring(4), "qg_dadam", lr=0.5)
+    assert norming.plan() is None
 
 
 class Calls:

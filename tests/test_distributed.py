@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from process_pool import ProcessPool
-from qgm_ext import Simulator, algorithms, topology
+from qgm_ext import Simulator, StackedOptimizer, algorithms, topology
 from qgm_ext.distributed import DisagreementError, MessageError, PeerLostError
 from qgm_ext.distributed.exchange import Message, Stamp
 from qgm_ext.optim import DSGD, QGSGD, Decentralized, DSGDm
@@ -79,6 +79,28 @@ def test_every_algorithm_equals_the_stacked_optimizer(pool: ProcessPool, n: int)
         expected = stacked(*case[:5])
         for rank in range(n):
             assert torch.equal(results[rank][k], expected[rank]), f"{case}, rank {rank}"
+
+
+def long_gradient(step: int, worker: int) -> Tensor:
+    return torch.randn(10_000, generator=torch.Generator().manual_seed(1000 * step + worker + 1))
+
+
+def train_long(rank: int, n: int) -> Tensor:
+    p = nn.Parameter(torch.ones(10_000))
+    opt = Decentralized([p], "qg_dadam", topology=topology.ring(n), lr=0.1, bucket_mb=1e-3)
+    for step in range(STEPS):
+        p.grad = long_gradient(step, rank)
+        opt.step()
+    return p.detach()
+
+
+def test_norm_of_a_model_in_several_buckets_is_that_of_the_stacked_optimizer(pool: ProcessPool) -> None:
+    n = 3
+    opt = StackedOptimizer(torch.ones(n, 10_000), topology.ring(n), "qg_dadam", lr=0.1)
+    for step in range(STEPS):
+        opt.step(torch.stack([long_gradient(step, worker) for worker in range(n)]))
+    for rank, found in enumerate(pool.run(train_long, n, n)):
+        assert torch.equal(found, opt.x[rank]), f"rank {rank}"
 
 
 # The drop-ins, and what can go wrong ----------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ def step(
     tensors = matrix.tensors(dtype=compute, device=device)
     scalars = row_scalars(rule, generator, compute, n)
     scalars = None if scalars is None else scalars.to(device)
-    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, HYPER[: known.hyper], scalars)
-    return [b.cpu() for b in buffers]
+    sums = [ops.new_block_sums(x)] if known.norm_state >= 0 else []
+    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, HYPER[: known.hyper], scalars, *sums)
+    return [b.cpu() for b in (*buffers, *sums)]
 
 
 def row_scalars(rule: str, generator: torch.Generator, compute: torch.dtype, *rows: int) -> torch.Tensor | None:
@@ -98,8 +99,9 @@ def test_local_step_and_merge_give_the_bits_of_the_cpu(rule: str, dtype: torch.d
             scalars = None if scalars is None else scalars.to(device)
             ops.local_step_(x, grad, state, messages, rule, hyper, scalars)
             received = [m for message in messages for m in (make(compute), message, make(compute))]
-            ops.merge_(x, grad, state, received, [0.2, 0.5, 0.3], d == 777, rule, hyper, scalars)
-            results.append([t.cpu().clone() for t in (x, *state, *messages)])
+            sums = [ops.new_block_sums(x)] if known.norm_state >= 0 else []
+            ops.merge_(x, grad, state, received, [0.2, 0.5, 0.3], d == 777, rule, hyper, scalars, *sums)
+            results.append([t.cpu().clone() for t in (x, *state, *messages, *sums)])
         assert equal_bytes(*results), (rule, d, dtype)
 
 

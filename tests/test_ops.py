@@ -6,13 +6,14 @@ numpy (numpy_rules).
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from numpy_rules import gossip_step
+from numpy_rules import block_sums, gossip_step
 from qgm_ext import _cpu, ops, reference, topology
 from qgm_ext.mixing import Mixing
 from rows import RULES
@@ -53,10 +54,22 @@ def problem(rule: str, n: int, dim: int, dtype: torch.dtype, seed: int = 0) -> t
     return x, g, *state
 
 
+def new_block_sums(rule: str, x: torch.Tensor) -> torch.Tensor | None:
+    return None if ops.rules()[rule].norm_state < 0 else ops.new_block_sums(x).fill_(float("nan"))
+
+
+def check_block_sums(rule: str, sums: torch.Tensor | None, state: list[torch.Tensor]) -> None:
+    """They give the norm of the new state to the bit."""
+    if sums is not None:
+        assert torch.equal(ops.sum_blocks(sums), ops.squared_norms(state[ops.rules()[rule].norm_state]))
+
+
 def fused(x: torch.Tensor, g: torch.Tensor, state: list[torch.Tensor], mixing: Mixing, rule: str, hyper: list[float]):
     x, state = x.clone(), [vector.clone() for vector in state]
     tensors, scalars = mixing.tensors("cpu", ops.compute_dtype(x.dtype)), row_scalars_of(rule, len(x), x.dtype)
-    ops.gossip_step_(x, g, state, tensors, mixing.form, rule, hyper, scalars)
+    sums = new_block_sums(rule, x)
+    ops.gossip_step_(x, g, state, tensors, mixing.form, rule, hyper, scalars, sums)
+    check_block_sums(rule, sums, state)
     return x, state
 
 
@@ -67,13 +80,16 @@ def split(x: torch.Tensor, g: torch.Tensor, state: list[torch.Tensor], mixing: M
     messages = [[torch.full(x.shape[1:], float("nan"), dtype=compute) for _ in range(count)] for _ in range(n)]
     scalars = row_scalars_of(rule, n, x.dtype)
     own = [None] * n if scalars is None else list(scalars)
+    sums = new_block_sums(rule, x)
     for i in range(n):
         ops.local_step_(x[i], g[i], [vector[i] for vector in state], messages[i], rule, hyper, own[i])
     for i in range(n):
         columns, weights = mixing.row(i)
         received = [messages[j][k] for k in range(count) for j in columns]
         states, mean = [vector[i] for vector in state], mixing.form == "mean"
-        ops.merge_(x[i], g[i], states, received, weights.tolist(), mean, rule, hyper, own[i])
+        numbers = (own[i], None if sums is None else sums[i])
+        ops.merge_(x[i], g[i], states, received, weights.tolist(), mean, rule, hyper, *numbers)
+    check_block_sums(rule, sums, state)
     return x, state
 
 
@@ -208,18 +224,39 @@ def test_reductions_match_the_reference(dtype, dim):
 
 def test_squared_norm_follows_its_documented_order_of_summation():
     x = torch.randn(1, 10_000, generator=torch.Generator().manual_seed(3))
-    total = 0.0
-    for block in np.split(x[0].numpy(), [4096, 8192]):
-        lanes = np.zeros(256, np.float32)
-        for begin in range(0, len(block), 256):
-            part = block[begin : begin + 256]
-            lanes[: len(part)] = lanes[: len(part)] + part * part
-        half = 128
-        while half:
-            lanes[:half] = lanes[:half] + lanes[half : 2 * half]
-            half //= 2
-        total += float(lanes[0])
-    assert ops.squared_norms(x).item() == total
+    first, second, third = block_sums(x[0].numpy())
+    assert ops.squared_norms(x).item() == first + second + third
+
+
+@pytest.mark.usefixtures("restore_simd_and_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dim", [1, 5, 127, 4095, 4096, 4097, 10_000, 20_480])
+def test_block_sums_of_a_pass_are_those_of_the_reductions(dtype, dim):
+    rule, hyper = "qg_dadam", hyper_of("qg_dadam")
+    for n, threads, extra in [(1, 1, 0), (3, 2, 7), (16, 3, 0), (5, 7, 64)]:
+        torch.set_num_threads(threads)
+        x, g, *state = problem(rule, n, dim + extra, dtype)
+        x, g, state = x[:, :dim], g[:, :dim], [vector[:, :dim] for vector in state]
+        mixing, scalars = topology.star(n).mixing(), row_scalars_of(rule, n, dtype)
+        sums = new_block_sums(rule, x)
+        tensors = mixing.tensors("cpu", ops.compute_dtype(dtype))
+        ops.gossip_step_(x, g, state, tensors, mixing.form, rule, hyper, scalars, sums)
+        assert sums.tolist() == [block_sums(row) for row in state[2].numpy()], (n, threads)
+        check_block_sums(rule, sums, state)
+        # A worker in pieces that begin where blocks begin, as buckets do.
+        pieces = new_block_sums(rule, x[0])
+        for begin in range(0, dim, 8192):
+            place, blocks = slice(begin, begin + 8192), slice(begin // 4096, begin // 4096 + 2)
+            part = [vector[0, place] for vector in state]
+            received = [x[0, place].to(state[0].dtype).clone()]
+            ops.merge_(x[0, place], g[0, place], part, received, [0.5], False, rule, hyper, scalars[0], pieces[blocks])
+        assert pieces.tolist() == block_sums(state[2][0].numpy())
+
+
+def test_block_of_the_reductions_is_the_one_of_the_native_modules():
+    assert ops.REDUCE_BLOCK == _cpu.REDUCE_BLOCK == 4096
+    if ops.has_native("cuda"):
+        assert importlib.import_module("qgm_ext._cuda").REDUCE_BLOCK == ops.REDUCE_BLOCK
 
 
 def test_consensus_distance_of_two_workers_by_hand():
@@ -308,6 +345,26 @@ def test_row_scalars_are_asked_for_and_checked():
         step("sgp", torch.ones(3, 4)[:, :2])
 
 
+def test_block_sums_are_asked_for_and_checked():
+    x, g, *state = problem("qg_dadam", 3, 8, torch.float32)
+    mixing, scalars = topology.ring(3).mixing(), torch.ones(3, 2)
+
+    def step(rule, vectors, sums):
+        numbers = None if rule == "dsgdm" else scalars
+        ops.gossip_step_(x, g, vectors, mixing.tensors(), mixing.form, rule, hyper_of(rule), numbers, sums)
+
+    with pytest.raises(ValueError, match="rule 'qg_dadam' sums squares of its state and needs block_sums, got none"):
+        step("qg_dadam", state, None)
+    with pytest.raises(ValueError, match="rule 'dsgdm' takes no block_sums"):
+        step("dsgdm", state[:1], ops.new_block_sums(x))
+    with pytest.raises(ValueError, match=r"block_sums must be \[3, 1\] float64 on cpu, got \[3, 2\] float64"):
+        step("qg_dadam", state, torch.zeros(3, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="block_sums must be contiguous"):
+        step("qg_dadam", state, torch.zeros(3, 2, dtype=torch.float64)[:, :1])
+    with pytest.raises(ValueError, match=r"sum_blocks: block_sums must be \[n, blocks\] float64, contiguous, got"):
+        ops.sum_blocks(torch.zeros(3, 1))
+
+
 def test_split_ops_name_the_wrong_argument():
     x, g, m = (row[0] for row in problem("qg_dsgdm_n", 1, 8, torch.float32))
     hyper, out = hyper_of("qg_dsgdm_n"), torch.zeros(8)
@@ -341,6 +398,12 @@ def test_ops_pass_opcheck():
     )
     for reduction in (library.squared_norms, library.consensus_distance, library.rows_are_finite):
         torch.library.opcheck(reduction.default, (x,))
+    x, g, *state = problem("qg_dadam", 4, 33, torch.float32)
+    tensors, hyper, scalars, sums = mixing.tensors(), hyper_of("qg_dadam"), torch.ones(4, 2), ops.new_block_sums(x)
+    torch.library.opcheck(
+        library.gossip_step_.default, (x, g, state, *tensors, mixing.form, "qg_dadam", hyper, scalars, sums)
+    )
+    torch.library.opcheck(library.sum_blocks.default, (sums,))
 
 
 @pytest.mark.slow

@@ -112,6 +112,10 @@ void py_squared_norms(int dtype, Address x, int64_t rows, int64_t cols, int64_t 
   reduce(kernels, dtype, x, rows, cols, stride, out, threads);
 }
 
+void py_sum_blocks(Address sums, int64_t rows, int64_t blocks, Address out, int /* threads: not worth one */) {
+  sum_blocks(static_cast<const double*>(pointer(sums)), rows, blocks, static_cast<double*>(pointer(out)));
+}
+
 void py_consensus_distance(int dtype, Address x, int64_t rows, int64_t cols, int64_t stride, Address out, int threads) {
   static const Reduction<double> kernels[] = {consensus_distance<float>, consensus_distance<double>,
                                               consensus_distance<qgm::bfloat16>, consensus_distance<qgm::float16>};
@@ -194,6 +198,7 @@ PYBIND11_MODULE(_cpu, m) {
         "For benchmarks: reads float32 [rows, cols] arrays and writes the first of them, `width` columns at a time.");
   m.attr("tile_width") = kGossipTileWidth;
   m.def("squared_norms", &py_squared_norms);
+  m.def("sum_blocks", &py_sum_blocks);
   m.def("consensus_distance", &py_consensus_distance);
   m.def("rows_are_finite", &py_rows_are_finite);
   m.def("plain_loop", &plain_loop, "float32 arrays of `size`: reads x, g, m and writes x, m; a yardstick.");

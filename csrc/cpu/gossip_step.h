@@ -7,6 +7,7 @@
 // 2 and 3 follow for a worker as soon as the messages of all its neighbours are there (merge_order).
 // What 3 reads again (x, state) was read in 1 and is still in cache, so memory sees every number once.
 // Workers of later rows need only messages, never x, so writing in place is safe.
+// A rule's norm is summed from what 3 stores, while it is in L1; a thread's tiles are then whole blocks of coordinates.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 
 #include "../arguments.h"
 #include "parallel.h"
+#include "reduce.h"
 #include "rule_loops.h"
 #include "scratch.h"
 #include "simd.h"
@@ -55,6 +57,9 @@ inline std::vector<MergeTurn> merge_order(const GossipStepArguments& a) {
 // Coordinates in a tile. Short, so that a row that is merged soon after its local step is still in L1, and the
 // messages of 256 workers are in L2; long enough that the set-up of a row's loops is paid back.
 constexpr int64_t kGossipTileWidth = 64;
+// Tiles in the smallest share of a thread.
+template <class Rule, int64_t kTileWidth>
+constexpr int64_t kShareTiles = kHasNorm<Rule> ? kReduceBlock / kTileWidth : 1;
 // Tiles between asking for a row and its use; more where a tile has few rows and is soon done.
 QGM_HD constexpr int64_t prefetch_tiles(int64_t rows) { return std::max<int64_t>(2, 16 / rows); }
 
@@ -67,22 +72,28 @@ struct GossipTile {
   using Row = typename Loops::Row;
   static constexpr int kStates = Rule::kStates;
   static constexpr int kMessages = Rule::kMessages;
+  static_assert(kReduceLanes % kTileWidth == 0, "a tile lies in one row of lanes");
 
-  // A thread's scratch: messages [kMessages, rows, kTileWidth], mixed [kMessages, kTileWidth] and, for
-  // 16-bit storage, x and g of the tile: of all workers if merge reads them again, else of one.
+  // A thread's scratch: messages [kMessages, rows, kTileWidth], mixed [kMessages, kTileWidth], the lanes of the rule's
+  // norm [rows, kReduceLanes] and, for 16-bit storage, x and g of the tile: of all workers if merge reads them again,
+  // else of one.
   struct Scratch {
-    T *messages, *mixed, *x, *g;
+    T *messages, *mixed, *lanes, *x, *g;
 
     QGM_HD Scratch(const GossipStepArguments& a, T* memory)
         : messages(memory),
           mixed(messages + kMessages * a.rows * kTileWidth),
-          x(mixed + kMessages * kTileWidth),
+          lanes(mixed + kMessages * kTileWidth),
+          x(lanes + lanes_of(a.rows)),
           g(x + (Rule::kMergeReadsX ? a.rows : 1) * kTileWidth) {}
+
+    static QGM_HD int64_t lanes_of(int64_t rows) { return kHasNorm<Rule> ? rows * kReduceLanes : 0; }
 
     static int64_t size(const GossipStepArguments& a, bool staged) {
       const int64_t tiles = kMessages * (a.rows + 1);
       return (staged ? tiles + (Rule::kMergeReadsX ? a.rows : 1) + (Rule::kMergeReadsGrad ? a.rows : 1) : tiles) *
-             kTileWidth;
+                 kTileWidth +
+             lanes_of(a.rows);
     }
   };
 
@@ -167,6 +178,7 @@ struct GossipTile {
   static QGM_HD void tile(const GossipStepArguments& a, const Rule& rule, int64_t begin, Length length, T* memory) {
     const Scratch scratch(a, memory);
     const StoredRows<T> rows = stored(a);
+    const BlockSums<T> sums{scratch.lanes, a.block_sums, a.rows, a.cols};
     int64_t due = 0;
     for (int64_t i = 0; i <= a.rows; ++i) {
       if (i < a.rows) {
@@ -190,9 +202,11 @@ struct GossipTile {
         const Row r = row(a, ready, begin, scratch);
         mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), ready), ready, r, length, scratch.messages,
                       scratch.mixed);
+        if constexpr (kHasNorm<Rule>) sums.add(ready, begin, r.state[kNormState<Rule>], length);
         if (rows.staged()) rows.store(r.x, length, x_at(a, ready, begin));
       }
     }
+    if constexpr (kHasNorm<Rule>) sums.close(begin + length);
   }
 
   // Whole tiles [first, last) of the sweep.
@@ -211,15 +225,18 @@ template <template <class> class RuleOf, class Compute>
 void gossip_tiles(const GossipStepArguments& a) {
   using Tile = GossipTile<RuleOf, Compute>;
   const int64_t whole = a.cols / kGossipTileWidth, tiles = (a.cols + kGossipTileWidth - 1) / kGossipTileWidth;
-  const int threads = threads_for(a.rows * a.cols, tiles, a.threads);
+  constexpr int64_t kShare = kShareTiles<typename Tile::Rule, kGossipTileWidth>;
+  const int64_t shares = (tiles + kShare - 1) / kShare;
+  const int threads = threads_for(a.rows * a.cols, shares, a.threads);
   // Zeroed, because the mixing loops run over whole tiles, the unused end of the last one included.
   const int64_t per_thread = Tile::Scratch::size(a, Tile::stored(a).staged());
   const ScratchBuffer<Compute> scratch(threads * per_thread);
-  parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
+  parallel_for(shares, threads, [&](int thread, int64_t first, int64_t last) {
     Compute* const mine = scratch.data() + thread * per_thread;
-    SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first,
-                                                                                  std::min(last, whole), mine);
-    if (last > whole) Tile::run_rest(a, whole * kGossipTileWidth, mine);
+    const int64_t end = std::min(last * kShare, tiles);
+    SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first * kShare,
+                                                                                  std::min(end, whole), mine);
+    if (end > whole) Tile::run_rest(a, whole * kGossipTileWidth, mine);
   });
 }
 

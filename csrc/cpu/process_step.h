@@ -63,20 +63,25 @@ struct MergeBody {
   using Loops = RuleLoops<RuleOf, Compute>;
   using T = Compute;
 
-  // scratch: kMessages tiles, a tile of x and one of g for 16-bit storage, the weights in the compute type.
-  static constexpr int64_t kScratchTiles = Loops::kMessages + 2;
+  using Rule = typename Loops::Rule;
+  static_assert(kReduceLanes % kProcessTileWidth == 0, "a tile lies in one row of lanes");
+
+  // scratch: kMessages tiles, a tile of x and one of g for 16-bit storage, the lanes of the rule's norm, the weights in
+  // the compute type.
+  static constexpr int64_t kLanesAt = (Loops::kMessages + 2) * kProcessTileWidth;
+  static constexpr int64_t kWeightsAt = kLanesAt + (kHasNorm<Rule> ? kReduceLanes : 0);
 
   template <class Length>
-  static QGM_HD void tile(const MergeArguments& a, const typename Loops::Rule& rule, const T* weights, int64_t begin,
-                          Length length, T* mixed) {
+  static QGM_HD void tile(const MergeArguments& a, const Rule& rule, const T* weights, int64_t begin, Length length,
+                          T* mixed) {
     const StoredRows<T> rows{a.storage, a.simd};
     char* const x_stored = rows.at(static_cast<char*>(a.x), begin);
     const char* const g_stored = rows.at(static_cast<const char*>(a.g), begin);
     typename Loops::Row row;
     if (rows.staged()) {
       T *const x = mixed + Loops::kMessages * kProcessTileWidth, *const g = x + kProcessTileWidth;
-      if (Loops::Rule::kMergeReadsX) rows.load(x_stored, length, x);
-      if (Loops::Rule::kMergeReadsGrad) rows.load(g_stored, length, g);
+      if (Rule::kMergeReadsX) rows.load(x_stored, length, x);
+      if (Rule::kMergeReadsGrad) rows.load(g_stored, length, g);
       row.x = x;
       row.g = g;
     } else {
@@ -94,16 +99,21 @@ struct MergeBody {
     }
     Loops::merge(rule, row, length, [=](int k, int64_t c) { return mixed[k * kProcessTileWidth + c]; });
     if (rows.staged()) rows.store(row.x, length, x_stored);
+    if constexpr (kHasNorm<Rule>) {
+      const BlockSums<T> sums{mixed + kLanesAt, a.block_sums, 1, a.size};
+      sums.add(0, begin, row.state[kNormState<Rule>], length);
+      sums.close(begin + length);
+    }
   }
 
   static QGM_HD const T* load_weights(const MergeArguments& a, T* scratch) {
-    T* const weights = scratch + kScratchTiles * kProcessTileWidth;
+    T* const weights = scratch + kWeightsAt;
     for (int64_t q = 0; q < a.terms; ++q) weights[q] = T(a.weights[q]);
     return weights;
   }
 
   static QGM_HD auto rule_of(const MergeArguments& a) {
-    return for_row(typename Loops::Rule(a.hyper), static_cast<const T*>(a.row_scalars), 0);
+    return for_row(Rule(a.hyper), static_cast<const T*>(a.row_scalars), 0);
   }
 
   // Whole tiles [first, last).
@@ -133,14 +143,17 @@ template <template <class> class RuleOf, class Compute>
 void merge_tiles(const MergeArguments& a) {
   using Body = MergeBody<RuleOf, Compute>;
   const int64_t whole = a.size / kProcessTileWidth, tiles = (a.size + kProcessTileWidth - 1) / kProcessTileWidth;
-  const int threads = threads_for(a.size, tiles, a.threads);
-  const int64_t per_thread = Body::kScratchTiles * kProcessTileWidth + a.terms;
+  constexpr int64_t kShare = kShareTiles<typename Body::Rule, kProcessTileWidth>;
+  const int64_t shares = (tiles + kShare - 1) / kShare;
+  const int threads = threads_for(a.size, shares, a.threads);
+  const int64_t per_thread = Body::kWeightsAt + a.terms;
   const ScratchBuffer<Compute> scratch(threads * per_thread);
-  parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
+  parallel_for(shares, threads, [&](int thread, int64_t first, int64_t last) {
     Compute* const mine = scratch.data() + thread * per_thread;
-    SimdLevels<Body, const MergeArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first, std::min(last, whole),
-                                                                             mine);
-    if (last > whole) Body::run_rest(a, whole * kProcessTileWidth, mine);
+    const int64_t end = std::min(last * kShare, tiles);
+    SimdLevels<Body, const MergeArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first * kShare,
+                                                                             std::min(end, whole), mine);
+    if (end > whole) Body::run_rest(a, whole * kProcessTileWidth, mine);
   });
 }
 

@@ -1,4 +1,5 @@
-// Reductions that give the same bits on every thread count, SIMD level and device.
+// Reductions that give the same bits on every thread count, SIMD level and device, and the norm that a fused pass
+// takes along (rule.h: kNormState), with those bits too.
 // The order of summation is said in ../arguments.h.
 #pragma once
 
@@ -34,7 +35,7 @@ struct SquaredNormBody {
   using T = Compute<Storage>;
 
   static QGM_HD void run(const ReduceArguments& a, int64_t first, int64_t last, double* block_sums) {
-    const int64_t blocks = (a.cols + kReduceBlock - 1) / kReduceBlock;
+    const int64_t blocks = reduce_blocks(a.cols);
     for (int64_t task = first; task < last; ++task) {
       const int64_t i = task / blocks, begin = task % blocks * kReduceBlock;
       const int64_t end = std::min(a.cols, begin + kReduceBlock);
@@ -48,6 +49,33 @@ struct SquaredNormBody {
         }
       }
       block_sums[task] = sum_lanes(lanes);
+    }
+  }
+};
+
+// The squares of one state vector, gathered tile by tile while a pass makes it. A thread's tiles must be whole blocks.
+template <class T>
+struct BlockSums {
+  T* lanes;     // [rows, kReduceLanes], zero when a block begins
+  double* out;  // [rows, reduce_blocks(cols)]
+  int64_t rows, cols;
+
+  // Values of row i from coordinate `begin` on, at most to the next multiple of kReduceLanes.
+  template <class Length>
+  QGM_HD void add(int64_t i, int64_t begin, const T* values, Length length) const {
+    const int64_t count = length;
+    T* const own = lanes + i * kReduceLanes + begin % kReduceLanes;
+    QGM_INDEPENDENT_ITERATIONS
+    for (int64_t l = 0; l < count; ++l) own[l] = own[l] + values[l] * values[l];
+  }
+
+  // All rows have been added up to coordinate `end`: closes the block if it ends there.
+  QGM_HD void close(int64_t end) const {
+    if (end % kReduceBlock != 0 && end != cols) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      T* const own = lanes + i * kReduceLanes;
+      out[i * reduce_blocks(cols) + (end - 1) / kReduceBlock] = sum_lanes(own);
+      for (int64_t l = 0; l < kReduceLanes; ++l) own[l] = T(0);
     }
   }
 };
@@ -106,26 +134,31 @@ struct FiniteBody {
   }
 };
 
+// out[i] = sum_b sums[i, b]
+inline void sum_blocks(const double* sums, int64_t rows, int64_t blocks, double* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; ++b) total += sums[i * blocks + b];
+    out[i] = total;
+  }
+}
+
 // out[i] = sum_c x[i, c]^2
 template <class Storage>
 void squared_norms(const ReduceArguments& a, double* out) {
-  const int64_t blocks = (a.cols + kReduceBlock - 1) / kReduceBlock, tasks = a.rows * blocks;
+  const int64_t blocks = reduce_blocks(a.cols), tasks = a.rows * blocks;
   const ScratchBuffer<double> sums(tasks);
   parallel_for(tasks, threads_for(a.rows * a.cols, tasks, a.threads), [&](int, int64_t first, int64_t last) {
     SimdLevels<SquaredNormBody<Storage>, const ReduceArguments&, int64_t, int64_t, double*>::run(a.simd, a, first, last,
                                                                                                  sums.data());
   });
-  for (int64_t i = 0; i < a.rows; ++i) {
-    double total = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) total += sums.data()[i * blocks + b];
-    out[i] = total;
-  }
+  sum_blocks(sums.data(), a.rows, blocks, out);
 }
 
 // out[0] = sqrt((1 / n) sum_i ||x_i - mean_j x_j||^2)
 template <class Storage>
 void consensus_distance(const ReduceArguments& a, double* out) {
-  const int64_t blocks = (a.cols + kReduceBlock - 1) / kReduceBlock;
+  const int64_t blocks = reduce_blocks(a.cols);
   const ScratchBuffer<double> sums(blocks);
   parallel_for(blocks, threads_for(a.rows * a.cols, blocks, a.threads), [&](int, int64_t first, int64_t last) {
     SimdLevels<ConsensusBody<Storage>, const ReduceArguments&, int64_t, int64_t, double*>::run(a.simd, a, first, last,

@@ -16,6 +16,7 @@ struct RuleEntry {
   std::string name;
   int hyper, states, messages, row_scalars;
   bool merge_reads_x, merge_reads_grad;
+  int norm_state;  // -1: none
   void (*gossip_step[kDTypes])(const GossipStepArguments&);
   void (*local_step[kDTypes])(const LocalStepArguments&);
   void (*merge[kDTypes])(const MergeArguments&);
@@ -30,6 +31,7 @@ template <template <class> class RuleOf>
 RuleEntry make_entry() {
   using Rule = RuleOf<float>;
   static_assert(Rule::kStates <= kMaxStates && Rule::kMessages <= kMaxMessages);
+  static_assert(!kHasNorm<Rule> || has_bit(Rule::kMergeWrites, kNormState<Rule>));
   return {Rule::kName,
           Rule::kHyper,
           Rule::kStates,
@@ -37,6 +39,7 @@ RuleEntry make_entry() {
           kRowScalars<Rule>,
           Rule::kMergeReadsX,
           Rule::kMergeReadsGrad,
+          kNormState<Rule>,
           {gossip_step<RuleOf, float>, gossip_step<RuleOf, double>, gossip_step<RuleOf, bfloat16>,
            gossip_step<RuleOf, float16>},
           {local_step<RuleOf, float>, local_step<RuleOf, double>, local_step<RuleOf, bfloat16>,

@@ -28,7 +28,7 @@ struct RelayTile {
   using Loops = typename Tile::Loops;
   using T = Compute;
   using Rule = typename Loops::Rule;
-  static_assert(Rule::kMessages == 1, "a relay carries one message");
+  static_assert(Rule::kMessages == 1 && !kHasNorm<Rule>, "a relay carries one message and gives no norm");
 
   // Scratch of the gossip tile (its messages are h), then the new messages [edges, kRelayTileWidth].
   static int64_t scratch_size(const RelayStepArguments& a, bool staged) {

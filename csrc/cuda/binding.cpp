@@ -73,6 +73,9 @@ PYBIND11_MODULE(_cuda, m) {
   define_reduction<&squared_norms>(m, "squared_norms");
   define_reduction<&consensus_distance>(m, "consensus_distance");
   define_reduction<&rows_are_finite>(m, "rows_are_finite");
-  m.attr("REDUCE_BLOCK") = qgm::kReduceBlock;
+  m.def("sum_blocks", [](Address sums, int64_t rows, int64_t blocks, Address out, int device, Address stream) {
+    sum_blocks(static_cast<double*>(pointer(sums)), rows, blocks, static_cast<double*>(pointer(out)), device,
+               static_cast<cudaStream_t>(pointer(stream)));
+  });
   m.def("build_info", &build_info);
 }

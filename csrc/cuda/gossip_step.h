@@ -20,6 +20,7 @@
 #include <string>
 
 #include "launch.h"
+#include "reduce_kernels.h"
 #include "slice.h"
 
 namespace qgm::cuda {
@@ -381,6 +382,11 @@ void gossip_step(const GossipStepArguments& a) {
     p.skipped = (alone ? tiles.rows : 1) * wide * V;
   }
   gossip_all_columns(device, p, a.stream);
+  if constexpr (kHasNorm<Rule>) {
+    const T* const vector = p.state[kNormState<Rule>];
+    const ReduceParameters reduce{a.rows, a.cols, a.state_stride, reduce_blocks(a.cols), a.block_sums};
+    launch_block_sums<T, false>("gossip_step_", device, vector, reduce, a.stream);
+  }
 }
 
 }  // namespace qgm::cuda

@@ -202,6 +202,11 @@ void merge(const MergeArguments& a) {
   for (int64_t q = 0; q < a.terms; ++q) p.weights[q] = T(a.weights[q]);
   p.extent = alignment.extent(a.size);
   launch("merge_", device, merge_flat<Rule, Storage>, flat_blocks(p.extent), dim3(kFlatThreads), 0, a.stream, p);
+  if constexpr (kHasNorm<Rule>) {
+    const T* const vector = p.state[kNormState<Rule>];
+    const ReduceParameters reduce{1, a.size, a.size, reduce_blocks(a.size), a.block_sums};
+    launch_block_sums<T, false>("merge_", device, vector, reduce, a.stream);
+  }
 }
 
 }  // namespace qgm::cuda

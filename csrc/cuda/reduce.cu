@@ -7,7 +7,7 @@ namespace qgm::cuda {
 namespace {
 
 ReduceParameters parameters(const ReduceArguments& a) {
-  return {a.rows, a.cols, a.stride, (a.cols + kReduceBlock - 1) / kReduceBlock, a.scratch};
+  return {a.rows, a.cols, a.stride, reduce_blocks(a.cols), a.scratch};
 }
 
 // Calls f(a null pointer of the storage type), which stands for the type.
@@ -29,8 +29,7 @@ template <bool kFinite>
 void row_sums(const char* op, DType dtype, const Device& device, const ReduceArguments& a, const ReduceParameters& p) {
   for_storage(dtype, [&](auto* type) {
     using Storage = std::remove_pointer_t<decltype(type)>;
-    launch(op, device, row_block_sums<Storage, kFinite>, p.rows * p.blocks, dim3(kReduceLanes), 0, a.stream,
-           static_cast<const Storage*>(a.x), p);
+    launch_block_sums<Storage, kFinite>(op, device, static_cast<const Storage*>(a.x), p, a.stream);
   });
 }
 
@@ -47,6 +46,12 @@ void squared_norms(DType dtype, const ReduceArguments& a, double* out) {
   const ReduceParameters p = parameters(a);
   row_sums<false>("squared_norms", dtype, device, a, p);
   finish<Finish::kSum>("squared_norms", a.rows, a, p, out);
+}
+
+void sum_blocks(double* sums, int64_t rows, int64_t blocks, double* out, int index, cudaStream_t stream) {
+  const Device device("sum_blocks", index);
+  const ReduceParameters p{rows, 0, 0, blocks, sums};
+  launch_blocks("sum_blocks", finish_rows<Finish::kSum, double>, rows, dim3(kReduceLanes), 0, stream, p, 0.0, out);
 }
 
 void rows_are_finite(DType dtype, const ReduceArguments& a, bool* out) {

@@ -13,5 +13,7 @@ namespace qgm::cuda {
 void squared_norms(DType dtype, const ReduceArguments& a, double* out);
 void consensus_distance(DType dtype, const ReduceArguments& a, double* out);
 void rows_are_finite(DType dtype, const ReduceArguments& a, bool* out);
+// out[i] = sum_b sums[i, b], the end of squared_norms.
+void sum_blocks(double* sums, int64_t rows, int64_t blocks, double* out, int device, cudaStream_t stream);
 
 }  // namespace qgm::cuda

@@ -84,6 +84,13 @@ __global__ void __launch_bounds__(kReduceLanes)
   }
 }
 
+// sums[i, b] = the sum of block b of row i, in `sums` of the parameters.
+template <class Storage, bool kFinite>
+void launch_block_sums(const char* op, const Device& device, const Storage* x, const ReduceParameters& p,
+                       cudaStream_t stream) {
+  launch(op, device, row_block_sums<Storage, kFinite>, p.rows * p.blocks, dim3(kReduceLanes), 0, stream, x, p);
+}
+
 // What becomes of the sum of all blocks of a row.
 enum class Finish : int { kSum, kDistance, kFinite };
 

@@ -14,6 +14,7 @@ template <template <class> class RuleOf>
 RuleEntry make_entry() {
   using Rule = RuleOf<float>;
   static_assert(Rule::kStates <= kMaxStates && Rule::kMessages <= kMaxMessages);
+  static_assert(!kHasNorm<Rule> || has_bit(Rule::kMergeWrites, kNormState<Rule>));
   return {Rule::kName,
           Rule::kHyper,
           Rule::kStates,
@@ -21,6 +22,7 @@ RuleEntry make_entry() {
           kRowScalars<Rule>,
           Rule::kMergeReadsX,
           Rule::kMergeReadsGrad,
+          kNormState<Rule>,
           {gossip_step<RuleOf, float>, gossip_step<RuleOf, double>, gossip_step<RuleOf, bfloat16>,
            gossip_step<RuleOf, float16>},
           {local_step<RuleOf, float>, local_step<RuleOf, double>, local_step<RuleOf, bfloat16>,

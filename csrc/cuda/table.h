@@ -12,6 +12,7 @@ struct RuleEntry {
   std::string name;
   int hyper, states, messages, row_scalars;
   bool merge_reads_x, merge_reads_grad;
+  int norm_state;  // -1: none
   void (*gossip_step[kDTypes])(const GossipStepArguments&);
   void (*local_step[kDTypes])(const LocalStepArguments&);
   void (*merge[kDTypes])(const MergeArguments&);

@@ -22,6 +22,7 @@ struct QuasiGlobalAdam {
   static constexpr int kHyper = 8;       // eta, b1, b2, eps, wd, c1, c2, gain
   static constexpr int kRowScalars = 2;  // q, s
   static constexpr int kStates = 3;      // m_hat (m in v2), v_hat, delta
+  static constexpr int kNormState = 2;
   static constexpr int kMessages = 1;
   static constexpr unsigned kLocalReads = 7, kLocalWrites = 3, kMergeReads = 0, kMergeWrites = 4;
   static constexpr bool kMergeReadsX = true, kMergeReadsGrad = false;

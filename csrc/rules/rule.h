@@ -25,6 +25,11 @@
 //   static constexpr int kRowScalars        how many; a rule without the constant has none
 //   void set_row(const T* scalars)          takes those of one worker, before local() and merge() of its row
 //
+// and a state whose norm it needs in the next step:
+//
+//   static constexpr int kNormState         one that merge() writes: the pass sums the squares of each worker's, block
+//                                           by block in the order of ../arguments.h
+//
 // What a mask leaves out is not loaded and not stored, so the masks are the memory traffic of the
 // rule. A rule calls nothing but the helpers of numeric.h and has no loop over workers; operations happen in the
 // written order (no contraction, no re-association), which makes the bits equal everywhere.
@@ -50,6 +55,19 @@ struct RowScalarsOf<Rule, decltype(void(Rule::kRowScalars))> {
 };
 template <class Rule>
 constexpr int kRowScalars = RowScalarsOf<Rule>::value;
+
+template <class Rule, class = void>
+struct NormStateOf {
+  static constexpr int value = -1;
+};
+template <class Rule>
+struct NormStateOf<Rule, decltype(void(Rule::kNormState))> {
+  static constexpr int value = Rule::kNormState;
+};
+template <class Rule>
+constexpr int kNormState = NormStateOf<Rule>::value;
+template <class Rule>
+constexpr bool kHasNorm = kNormState<Rule> >= 0;
 
 // The rule as worker i runs it; scalars is [rows, kRowScalars].
 template <class Rule, class T>

@@ -40,6 +40,8 @@ class Pass:
         state: the names of its state vectors, in the order of its header.
         mixing: how its messages are averaged.
         row_scalars: its numbers for each row of x, [rows, k], if it has any.
+        block_sums: where it leaves the sums of squares of its state, :func:`qgm_ext.ops.new_block_sums` of x, if it has
+            a state whose norm is needed.
         exact_mean: the messages are averaged over all workers by an all-reduce, whatever the topology; only the
             counting of bytes asks for it.
         message_bytes: bytes of all messages that a worker sends to one neighbour, if they are compressed.
@@ -50,6 +52,7 @@ class Pass:
     state: tuple[str, ...]
     mixing: Mixing
     row_scalars: Tensor | None = None
+    block_sums: Tensor | None = None
     exact_mean: bool = False
     message_bytes: int | None = None
 

@@ -30,8 +30,8 @@ class QgDadam(AdamAlgorithm):
         \hat v_i \leftarrow \beta_2 \hat v_i + (1 - \beta_2) d_i^2
 
     The norm is that of a worker's whole model, and d is not divided by eta. t counts from 1. One vector a step. The
-    norm is known only when a step is over: the state is the difference itself, and the next step folds d into the
-    moments as it reads them.
+    norm is known only when a step is over: the state is the difference itself, whose squares the pass sums as it writes
+    it, and the next step folds d into the moments as it reads them.
 
     Args:
         variant: "v0", the formulas above, with g' and not (1 - beta_1) g' in m: the authors said (issue 1 of their
@@ -83,8 +83,9 @@ class QgDadam(AdamAlgorithm):
         if self.variant == "v1":
             scale = 1.0 / (ops.squared_norms(step.g).sqrt() + self.normalization_eps)
         scalars = step.row_scalars(per_norm.to(step.x.device), scale.to(step.x.device))
-        yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing, scalars)
-        step.scalars["difference_norm"] = step.with_own(norms, ops.squared_norms(step.state["difference"]).sqrt())
+        sums = ops.new_block_sums(step.x)
+        yield Pass(self.rule, self.hyper(step.number, step.lr), self.state_names, step.mixing, scalars, sums)
+        step.scalars["difference_norm"] = step.with_own(norms, ops.sum_blocks(sums).sqrt())
 
     def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
         """The moments in the state are those before the last difference went in: they take it here, at the start."""

@@ -25,7 +25,7 @@ from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, identity_mixing
 from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
-from qgm_ext.distributed.gossip import GossipPlan, GossipRound
+from qgm_ext.distributed.gossip import GossipPlan, GossipRound, blocks_of
 from qgm_ext.flat import ALIGNMENT
 from qgm_ext.mixing import Mixing
 from qgm_ext.topology import Topology
@@ -96,7 +96,8 @@ class WorkerEngine:
         topology: who averages with whom.
         worker: which of its workers this is.
         exchange: how messages travel; None for a worker without others.
-        bucket_bytes: vectors are cut into buckets of at most this size.
+        bucket_bytes: vectors are cut into buckets of at most this size, but of 64 elements at least (4096 where a rule
+            sums squares by blocks).
 
     Attributes:
         bytes_sent, bytes_received: of this worker so far, as the algorithms count them
@@ -171,7 +172,8 @@ class WorkerEngine:
         else:
             x, state = vectors.x, [vectors.state[name] for name in part.state]
             tensors = self._silent.tensors(x.device, ops.compute_dtype(x.dtype))
-            ops.gossip_step_(x, vectors.g, state, tensors, self._silent.form, part.rule, part.hyper, part.row_scalars)
+            numbers = (part.row_scalars, part.block_sums)
+            ops.gossip_step_(x, vectors.g, state, tensors, self._silent.form, part.rule, part.hyper, *numbers)
 
     def round(self, part: Pass, vectors: Vectors, place: Place) -> GossipRound | None:
         """The round of a pass, ready to be sent; None if this worker exchanges nothing in it."""
@@ -185,7 +187,7 @@ class WorkerEngine:
         if known is None or known[0] is not vectors or known[1] is not plan:
             for old in [k for k, kept in self._rounds.items() if k[0] == key[0] and kept[0] is not vectors]:
                 del self._rounds[old]
-            device, buckets = vectors.x.device, self._buckets(vectors.x)
+            device, buckets = vectors.x.device, self._buckets(vectors.x, part)
             made = GossipRound(
                 vectors.x[0],
                 vectors.g[0],
@@ -202,7 +204,8 @@ class WorkerEngine:
             if len(self._rounds) > _KEPT_PLANS:
                 self._rounds.popitem(last=False)
         row = None if part.row_scalars is None else part.row_scalars[0]
-        known[2].begin(part.hyper, row, place.step, place.part)
+        sums = None if part.block_sums is None else part.block_sums[0]
+        known[2].begin(part.hyper, row, sums, place.step, place.part)
         return known[2]
 
     def _exact_mean(self, part: Pass, vectors: Vectors, at: Place) -> None:
@@ -213,7 +216,7 @@ class WorkerEngine:
         count = ops.rules("cuda" if x.is_cuda else "cpu")[part.rule].messages
         row = None if part.row_scalars is None else part.row_scalars[0]
         others = [peer for peer in range(n) if peer != self.worker]
-        for bucket, place in enumerate(self._buckets(x), at.first_bucket):
+        for bucket, place in enumerate(self._buckets(x, part), at.first_bucket):
             width = place.stop - place.start
             mine = [torch.empty(width, dtype=compute, device=x.device) for _ in range(count)]
             pieces = [vector[0, place] for vector in state]
@@ -240,7 +243,8 @@ class WorkerEngine:
             for peer, message in (*final.items(), (self.worker, total)):
                 for target, vector in zip(mine, message.vectors(count, compute), strict=True):
                     target[shares[peer]] = vector
-            ops.merge_(x[0, place], g[0, place], pieces, mine, [1.0], False, part.rule, part.hyper, row)
+            sums = None if part.block_sums is None else part.block_sums[0, blocks_of(place)]
+            ops.merge_(x[0, place], g[0, place], pieces, mine, [1.0], False, part.rule, part.hyper, row, sums)
 
     def _relay(self, part: RelayPass, vectors: Vectors, at: Place) -> None:
         """m_ij <- h_i + sum of the last m_li over the neighbours l but j; x from (count h_i + sum of new m_ji) / n."""
@@ -287,7 +291,7 @@ class WorkerEngine:
         else:
             vector = itemsize * ops.rules("cuda" if vectors.x.is_cuda else "cpu")[part.rule].messages
             if part.exact_mean:  # the shares of the others to them, and the sum of the own share to all
-                own = share_size(segments, self._own_shares(vectors.x))
+                own = share_size(segments, self._own_shares(part, vectors.x))
                 sent = received = vector * (numbers + (n - 2) * own) if n > 1 else 0
             else:
                 size = numbers * vector if part.message_bytes is None else part.message_bytes
@@ -296,9 +300,9 @@ class WorkerEngine:
         self.bytes_sent += sent
         self.bytes_received += received
 
-    def _own_shares(self, x: Tensor) -> tuple[tuple[int, int], ...]:
+    def _own_shares(self, part: Pass, x: Tensor) -> tuple[tuple[int, int], ...]:
         found = []
-        for place in self._buckets(x):
+        for place in self._buckets(x, part):
             share = _shares(place.stop - place.start, self.topology.num_workers)[self.worker]
             found.append((place.start + share.start, place.start + share.stop))
         return tuple(found)
@@ -327,9 +331,12 @@ class WorkerEngine:
             self._messages[key] = Message(size, device)
         return self._messages[key]
 
-    def _buckets(self, x: Tensor) -> list[slice]:
-        itemsize, size = ops.compute_dtype(x.dtype).itemsize, x.shape[1]
-        width = max(ALIGNMENT, self._bucket_bytes // itemsize // ALIGNMENT * ALIGNMENT)
+    def _buckets(self, x: Tensor, part: Pass | None = None) -> list[slice]:
+        """Those of a pass, which are no more than those of none."""
+        size, width = x.shape[1], self._bucket_bytes // ops.compute_dtype(x.dtype).itemsize
+        sums = part is not None and part.block_sums is not None  # in whole blocks
+        unit = ops.REDUCE_BLOCK if sums or width >= ops.REDUCE_BLOCK else ALIGNMENT
+        width = max(unit, width // unit * unit)
         return [slice(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
     def _plan(self, mixing: Mixing) -> GossipPlan:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qgm_ext import ops
 from qgm_ext.distributed.exchange import Batch, Exchange, Message, Pending, Stamp
 
-__all__ = ["GossipPlan", "GossipRound"]
+__all__ = ["GossipPlan", "GossipRound", "blocks_of"]
 
 
 class GossipPlan(NamedTuple):
@@ -26,6 +26,11 @@ class GossipPlan(NamedTuple):
     terms: list[int]  # ascending, with this worker if it counts: whose messages are summed
     weights: list[float]
     mean: bool
+
+
+def blocks_of(place: slice) -> slice:
+    """Those of the block sums of a row (:func:`qgm_ext.ops.new_block_sums`) that are a bucket's."""
+    return slice(place.start // ops.REDUCE_BLOCK, -(-place.stop // ops.REDUCE_BLOCK))
 
 
 class _Bucket(NamedTuple):
@@ -90,9 +95,9 @@ class GossipRound:
             )
         self._sent: dict[int, list[Pending]] = {}
 
-    def begin(self, hyper: list[float], row: Tensor | None, step: int, part: int) -> None:
-        """Use it for a pass with these numbers, which is ``part`` of step number ``step``."""
-        self._hyper, self._row, self._step, self._part = hyper, row, step, part
+    def begin(self, hyper: list[float], row: Tensor | None, sums: Tensor | None, step: int, part: int) -> None:
+        """Use it for a pass with these numbers and block sums, which is ``part`` of step number ``step``."""
+        self._hyper, self._row, self._sums, self._step, self._part = hyper, row, sums, step, part
         self._sent = {}
 
     def has_sent(self, bucket: int) -> bool:
@@ -116,6 +121,7 @@ class GossipRound:
             self._exchange.wait([one for one in pending if one.incoming])
             outgoing += [one for one in pending if not one.incoming]
             x, g, state, _, received, _ = self._buckets[bucket]
-            ops.merge_(x, g, state, received, plan.weights, plan.mean, self._rule, self._hyper, self._row)
+            sums = None if self._sums is None else self._sums[blocks_of(self.places[bucket])]
+            ops.merge_(x, g, state, received, plan.weights, plan.mean, self._rule, self._hyper, self._row, sums)
         self._exchange.wait(outgoing)  # the buffers are written again in the next pass
         self._sent = {}

@@ -93,12 +93,14 @@ class MockModule:
         rule: str,
         hyper: list[float],
         row_scalars: Tensor | None = None,
+        block_sums: Tensor | None = None,
         device: int = 0,
     ) -> None:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         offsets, columns, weights = (t.clone() for t in mixing.tensors(dtype=compute))
-        scalars = given(row_scalars)
-        with self.mapped(x=x, g=g, state=state, offsets=offsets, columns=columns, weights=weights, scalars=scalars):
+        numbers = {"scalars": given(row_scalars), "sums": given(block_sums)}
+        matrix = {"offsets": offsets, "columns": columns, "weights": weights}
+        with self.mapped(unwritten=numbers["sums"], x=x, g=g, state=state, **matrix, **numbers):
             self.module.gossip_step(
                 self.rules[rule][0],
                 DTYPES[x.dtype],
@@ -116,7 +118,8 @@ class MockModule:
                 weights.data_ptr(),
                 columns.numel(),
                 hyper,
-                address(scalars),
+                address(numbers["scalars"]),
+                address(numbers["sums"]),
                 device,
                 STREAM,
             )
@@ -196,9 +199,10 @@ class MockModule:
         rule: str,
         hyper: list[float],
         row_scalars: Tensor | None = None,
+        block_sums: Tensor | None = None,
     ) -> None:
-        scalars = given(row_scalars)
-        with self.mapped(x=x, g=g, state=state, received=received, scalars=scalars):
+        scalars, sums = given(row_scalars), given(block_sums)
+        with self.mapped(unwritten=sums, x=x, g=g, state=state, received=received, scalars=scalars, sums=sums):
             self.module.merge(
                 self.rules[rule][0],
                 DTYPES[x.dtype],
@@ -211,6 +215,7 @@ class MockModule:
                 x.numel(),
                 hyper,
                 address(scalars),
+                address(sums),
                 0,
                 STREAM,
             )
@@ -233,6 +238,13 @@ class MockModule:
                 0,
                 STREAM,
             )
+        return out
+
+    def sum_blocks(self, block_sums: Tensor) -> Tensor:
+        """The squared norms of rows, from what gossip_step has left of them."""
+        out = torch.full(block_sums.shape[:1], float("nan"), dtype=torch.float64)
+        with self.mapped(unwritten=[out], sums=block_sums, out=out):
+            self.module.sum_blocks(block_sums.data_ptr(), *block_sums.shape, out.data_ptr(), 0, STREAM)
         return out
 
     @contextmanager
@@ -292,6 +304,7 @@ class Problem:
         self.shifted_g = shifted_g
         scalars = 0.5 + torch.rand(n, known.row_scalars, generator=generator, dtype=torch.float64)
         self.row_scalars = scalars.to(compute) if known.row_scalars else None
+        self.has_norm = known.norm_state >= 0
 
         def buffer(kind: torch.dtype) -> Tensor:
             return torch.randn(n * self.stride + 16, generator=generator, dtype=torch.float64).to(kind)
@@ -307,6 +320,10 @@ class Problem:
 
         x, g, *state = buffers
         return view(x, self.offset), view(g, self.offset + self.shifted_g), [view(s, self.offset) for s in state]
+
+    def block_sums(self) -> list[Tensor]:
+        """Room for the sums of a rule that has a norm, in a list to go with the buffers."""
+        return [ops.new_block_sums(self.views(self.buffers)[0]).fill_(float("nan"))] if self.has_norm else []
 
     def clones(self) -> list[Tensor]:
         return [buffer.clone() for buffer in self.buffers]

@@ -63,13 +63,13 @@ def mixing_of(name: str, n: int) -> topology.Mixing:
 def check_gossip(module: MockModule, rule: str, n: int, d: int, dtype: torch.dtype, mixing: str, layout: str) -> None:
     problem = Problem(rule, n, d, dtype, **LAYOUTS[layout](d))
     matrix = topology.social().mixing() if mixing == "social" else mixing_of(mixing, n)
-    expected, got = problem.clones(), problem.clones()
+    expected, got, sums = problem.clones(), problem.clones(), (problem.block_sums(), problem.block_sums())
     x, g, state = problem.views(expected)
     tensors = matrix.tensors(dtype=ops.compute_dtype(dtype))
-    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, problem.hyper, problem.row_scalars)
+    ops.gossip_step_(x, g, state, tensors, matrix.form, rule, problem.hyper, problem.row_scalars, *sums[0])
     x, g, state = problem.views(got)
-    module.gossip_step(x, g, state, matrix, rule, problem.hyper, problem.row_scalars)
-    assert same_bits(got, expected), f"{rule} n={n} D={d} {dtype} {mixing} {layout}"
+    module.gossip_step(x, g, state, matrix, rule, problem.hyper, problem.row_scalars, *sums[1])
+    assert same_bits([*got, *sums[1]], [*expected, *sums[0]]), f"{rule} n={n} D={d} {dtype} {mixing} {layout}"
     assert not same_bits(got, problem.buffers)
 
 
@@ -144,10 +144,10 @@ def test_local_step_and_merge_give_the_bits_of_the_cpu(module: MockModule, rule:
         weights = torch.rand(terms, generator=generator, dtype=torch.float64).tolist()
         results = []
         for step in (ops.merge_, module.merge):
-            buffers = problem.clones()
+            buffers, sums = problem.clones(), [one[0] for one in problem.block_sums()]
             x, g, state = (v[0] if isinstance(v, torch.Tensor) else [s[0] for s in v] for v in problem.views(buffers))
-            step(x, g, state, [r.clone() for r in received], weights, mean, rule, problem.hyper, scalars)
-            results.append(buffers)
+            step(x, g, state, [r.clone() for r in received], weights, mean, rule, problem.hyper, scalars, *sums)
+            results.append([*buffers, *sums])
         assert same_bits(*results), f"merge_ {rule} D={d} {dtype} terms={terms}"
     assert module.runtime.forbidden_calls() == []
 
@@ -168,6 +168,8 @@ def test_squared_norms_add_many_blocks_in_order(module: MockModule) -> None:
     """More blocks of coordinates than one piece of the second kernel holds."""
     x = torch.randn(1, 300 * 4096 + 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     assert torch.equal(module.reduce("squared_norms", x), ops.squared_norms(x))
+    sums = torch.rand(3, 301, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(module.sum_blocks(sums), ops.sum_blocks(sums))
 
 
 # ------------------------------------------------------------------------------------------------ other paths
@@ -269,6 +271,7 @@ def test_gossip_step_reaches_elements_beyond_2_to_the_31(
             0,
             0,
             [0.5, 1.0, 0.5, 1.0][: known.hyper],
+            0,
             0,
             0,
             STREAM,

@@ -16,8 +16,10 @@ using namespace qgm::cpu;
 using qgm::bfloat16;
 using qgm::Compute;
 using qgm::float16;
+using qgm::kReduceBlock;
 using qgm::MixingForm;
 using qgm::narrow;
+using qgm::reduce_blocks;
 using qgm::widen;
 
 namespace {
@@ -95,6 +97,8 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
 
   std::vector<T> row_scalars;
   for (int64_t k = 0; k < n * rule.row_scalars; ++k) row_scalars.push_back(T(0.5 + 0.125 * double(k)));
+  const int64_t blocks = rule.norm_state < 0 ? 0 : reduce_blocks(dim);
+  std::vector<double> block_sums(size_t(n * blocks), -1.0), block_sums_split = block_sums;
 
   GossipStepArguments fused{};
   fused.x = x.data.data();
@@ -109,6 +113,7 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
   fused.mixing.weights = ring.weights.data();
   fused.hyper = hyper;
   fused.row_scalars = row_scalars.data();
+  fused.block_sums = block_sums.data();
   fused.threads = threads;
   fused.simd = best_simd();
   rule.gossip_step[dtype](fused);
@@ -160,6 +165,7 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
     merge.size = dim;
     merge.hyper = hyper;
     merge.row_scalars = row_scalars.data() + i * rule.row_scalars;
+    merge.block_sums = block_sums_split.data() + i * blocks;
     merge.threads = threads;
     merge.simd = best_simd();
     rule.merge[dtype](merge);
@@ -185,6 +191,13 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
   squared_norms<Storage>(reduce, norms.data());
   consensus_distance<Storage>(reduce, &distance);
   rows_are_finite<Storage>(reduce, finite.data());
+  if (blocks > 0) {
+    std::vector<double> gathered(norms.size());
+    sum_blocks(block_sums.data(), n, blocks, gathered.data());
+    reduce.x = state[size_t(rule.norm_state)].data.data();
+    squared_norms<T>(reduce, norms.data());
+    check(gathered == norms && block_sums == block_sums_split, "sums of squares of the state", rule, n, dim);
+  }
   check(std::isfinite(distance) && distance >= 0 && finite.back() == 1 && norms.back() >= 0, "reductions", rule, n,
         dim);
 }
@@ -207,7 +220,10 @@ int main() {
     for (const int64_t n : {1, 2, 3, 6}) {
       for (const int64_t dim : {1, 15, 127, 128, 129, 300}) run_all(n, dim, form, 1);
     }
-    run_all(3, 4 * 128 * 5 + 77, form, 4);  // several tiles for each of four threads
+    run_all(3, 4 * 128 * 5 + 77, form, 4);      // several tiles for each of four threads
+    for (const RuleEntry& rule : registry()) {  // and several blocks
+      if (rule.norm_state >= 0) run<float>(rule, 0, 3, 5 * kReduceBlock + 77, form, 4);
+    }
   }
   std::printf("%s: %zu rules\n", g_failures ? "FAILED" : "passed", registry().size());
   return g_failures ? 1 : 0;

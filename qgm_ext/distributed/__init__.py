@@ -12,9 +12,11 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
 - :mod:`~qgm_ext.distributed.agreement`: what all workers must agree on at the start;
 - :mod:`~qgm_ext.distributed.exchange`: messages, their headers, time limits, and the errors that name a peer;
 - :mod:`~qgm_ext.distributed.communication`: bytes and seconds of steps, ``opt.communication``;
-- :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors;
+- :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors, and
+  :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
 - :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
-- :mod:`qgm_ext.optim.peers`: parameter groups on top of it.
+- :mod:`qgm_ext.optim.peers`: parameter groups on top of it, and :mod:`qgm_ext.optim.overlap`, steps that begin during
+  backward.
 
 A worker's state is in ``opt.state_dict()`` as with any torch optimizer: vectors by parameter, what the algorithm keeps
 besides under ``clock`` in the parameter group. It and the model are all that a worker needs to go on; each worker saves

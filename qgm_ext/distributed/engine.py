@@ -381,16 +381,16 @@ class Turn:
         self._place = Place(number, 0, first_bucket)
         self._early: GossipRound | None = None
 
-    def begin_early(self) -> GossipRound | None:
-        """The round of the step's only pass, whose buckets may be sent as their gradients come.
-
-        Returns:
-            None if the step has other passes, or looks at its vectors first, or this worker exchanges nothing in it.
-        """
+    def only_pass(self) -> Pass | None:
+        """The pass with neighbours that is the whole step, if it is known before the gradients are."""
         parts = plan_ahead(self._algorithm, self._step())
         if parts is None or len(parts) != 1 or isinstance(parts[0], RelayPass) or parts[0].exact_mean:
             return None
-        self._early = self._engine.round(parts[0], self._vectors, self._place)
+        return parts[0]
+
+    def begin_early(self, part: Pass) -> GossipRound | None:
+        """The round of :meth:`only_pass`, whose buckets may be sent before :meth:`finish`; None if it sends nothing."""
+        self._early = self._engine.round(part, self._vectors, self._place)
         return self._early
 
     def finish(self) -> None:

@@ -20,6 +20,7 @@ class RuntimeArguments(TypedDict, total=False):
     broadcast_parameters: bool
     clip_grad_norm: float | None
     gossip_every: int
+    overlap: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class RuntimeOptions:
         gossip_every: average in every so many-th step only; the steps between are local, W = I, and time-varying
             topologies wait. Refused by algorithms that need the others in every step: exact means, relayed sums,
             choco_sgd.
+        overlap: a bucket is stepped and sent during backward, as soon as all its gradients are there; step() merges.
+            Bits are the same; what a program must not do then is in :mod:`qgm_ext.optim.overlap`. Small models need a
+            small ``bucket_mb`` for it: a single bucket has its gradients only when backward is over.
 
     Raises:
         TypeError, ValueError: if a value does not fit.
@@ -46,14 +50,16 @@ class RuntimeOptions:
     broadcast_parameters: bool = True
     clip_grad_norm: float | None = None
     gossip_every: int = 1
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         _check_positive("timeout", self.timeout)
         _check_positive("bucket_mb", self.bucket_mb)
         if self.clip_grad_norm is not None:
             _check_positive("clip_grad_norm", self.clip_grad_norm)
-        if not isinstance(self.broadcast_parameters, bool):
-            raise TypeError(f"broadcast_parameters must be True or False, got {self.broadcast_parameters!r}")
+        for name in ("broadcast_parameters", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         every = self.gossip_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"gossip_every must be an integer of at least 1, got {every!r}")

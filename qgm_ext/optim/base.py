@@ -25,12 +25,13 @@ from typing_extensions import Unpack
 from qgm_ext import ops
 from qgm_ext.algorithms import Algorithm, check_number
 from qgm_ext.distributed.communication import Communication
-from qgm_ext.distributed.engine import Clock
 from qgm_ext.distributed.options import RuntimeArguments, options_from
 from qgm_ext.optim.entries import as_number, load_entry, with_numbers
 from qgm_ext.optim.flat_parameters import FlatParameters, check_memory, check_parameter
-from qgm_ext.optim.peers import Peers, Work
+from qgm_ext.optim.overlap import overlap_for
+from qgm_ext.optim.peers import Peers
 from qgm_ext.optim.runtime import Update, runtime_for
+from qgm_ext.optim.together import step_together
 from qgm_ext.stacked import NonFiniteGradientError, OnNonfinite
 from qgm_ext.topology import Topology
 
@@ -110,6 +111,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self._process_group = group
         self._options = options_from(dict(runtime))
         self._runtime = runtime_for(topology, group, self._options, self.by_passes)
+        self._overlap = overlap_for(self, self._runtime)
         self._started = False
         self._bindings: list[_Binding] = []
         self._algorithms: list[tuple[list[Any], Algorithm]] = []
@@ -153,12 +155,20 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             ValueError, TypeError: if a hyper-parameter does not fit.
         """
 
+    @property
+    def overlap_obstacle(self) -> str | None:
+        """Why nothing is sent during backward; None if it is, or will be from the second step on."""
+        if not self._options.overlap:
+            return "overlap is False"
+        return "a worker alone sends nothing" if self._overlap is None else self._overlap.obstacle
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as torch.optim.Optimizer does; also between steps.
 
         Raises:
             TypeError, ValueError: if parameters or hyper-parameters don't fit; the optimizer is as before then.
         """
+        self._refuse_halfway("add_param_group()")
         params = param_group.get("params") if isinstance(param_group, dict) else None
         if params is not None and not isinstance(params, (Tensor, set)):
             params = param_group["params"] = list(params)
@@ -280,6 +290,38 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         finally:
             self._gossips = before
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A context for backward passes whose gradients are only accumulated: with overlap=True they send nothing.
+
+        As in DistributedDataParallel, all but the last backward pass before a step belong in it. Without overlap it
+        does nothing.
+
+        Example:
+            >>> import torch
+            >>> from qgm_ext.optim import QGSGD
+            >>> p = torch.nn.Parameter(torch.ones(2))
+            >>> opt = QGSGD([p], lr=0.1)
+            >>> with opt.no_sync():
+            ...     p.sum().backward()
+            >>> p.sum().backward()
+            >>> opt.step()
+        """
+        with contextlib.nullcontext() if self._overlap is None else self._overlap.paused():
+            yield
+
+    def _refuse_halfway(self, what: str) -> None:
+        if self._overlap is not None and self._overlap.has_begun:
+            raise RuntimeError(
+                f"{what} came between backward() and step(), but with overlap=True a part of the step has been taken "
+                "then; call it after step()"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer; with overlap=True not between backward() and step()."""
+        self._refuse_halfway("state_dict()")
+        return super().state_dict()
+
     # A compiled function that calls it breaks its graph here: what it does hangs on addresses.
     @_disable_dynamo
     @torch.no_grad()
@@ -302,7 +344,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                 loss = closure()
         del self._bindings[len(self.param_groups) :]
         if isinstance(self._runtime, Peers):
-            self._step_with_peers(self._runtime)
+            step_together(self, self._runtime)
             return loss
         updates: list[Update] = []
         stepped: list[tuple[FlatParameters, list[int]]] = []
@@ -321,62 +363,6 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         # The kernels write memory that autograd does not see change; backward through an old graph must fail.
         torch.autograd.graph.increment_version(changed)
         return loss
-
-    def _step_with_peers(self, peers: Peers) -> None:
-        works: list[Work] = []
-        stepped: list[FlatParameters] = []
-        for index, group in enumerate(self.param_groups):
-            algorithm, lr = self._algorithm(index, group)
-            flats = self._bind(index, group["params"])
-            kept = group.get("clock", {})
-            for flat in flats:
-                vectors, fresh = flat.vectors(self.state, peers.state_names(algorithm), group["maximize"])
-                clock = Clock(
-                    int(flat.steps[0]),
-                    kept.get("round", 0),
-                    kept.get("previous_lr"),
-                    {name: torch.tensor(value, dtype=torch.float64) for name, value in kept.get("scalars", {}).items()},
-                )
-                works.append(Work(vectors, algorithm, lr, clock, fresh))
-                stepped.append(flat)
-            if len(flats) > 1 and algorithm.initial_scalars(1):
-                raise ValueError(
-                    f"{algorithm.name} keeps one number for all parameters of a group: they must be of one dtype and "
-                    f"device, and be trainable from the start, got {len(flats)} kinds in group {index}"
-                )
-        gradients = [work.vectors.g for work in works]
-        self._unscale(gradients)
-        peers.clip(gradients)
-        if self.on_nonfinite != "ignore":
-            bad = peers.nonfinite(gradients)
-            if bad and self.on_nonfinite == "raise":
-                raise NonFiniteGradientError(
-                    f"the gradient of worker{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} is not finite; "
-                    "parameters and state are as before the step (on_nonfinite='skip' leaves such steps out)"
-                )
-            if bad:
-                self.skipped_steps += 1
-                return
-        peers.step(works, self._gossips)
-        place = 0
-        for group, binding in zip(self.param_groups, self._bindings, strict=True):
-            place += len(binding.flat)
-            if binding.flat:
-                clock = works[place - 1].clock
-                scalars = {name: value.tolist() for name, value in clock.scalars.items()}
-                group["clock"] = {"round": clock.round, "previous_lr": clock.previous_lr, "scalars": scalars}
-        changed = [p for flat in stepped for p in flat.advance(range(len(flat.params)))]
-        torch.autograd.graph.increment_version(changed)
-
-    def _unscale(self, gradients: Sequence[Tensor]) -> None:
-        """Do what torch.amp.GradScaler has left to the step, if it is there."""
-        scale: Tensor | None = getattr(self, "grad_scale", None)  # None also after scaler.unscale_(opt)
-        overflow = bool(getattr(self, "found_inf", False)) and self.on_nonfinite == "ignore"
-        for g in gradients:
-            if overflow:
-                g.zero_()
-            elif scale is not None:
-                g.mul_(scale.double().reciprocal().float())  # rounded as GradScaler does
 
     def _gradients_are_finite(self, updates: list[Update]) -> bool:
         if all(bool(ops.rows_are_finite(update.grad).all()) for update in updates):
@@ -406,6 +392,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             TypeError, ValueError: if it is of another optimizer, does not fit the parameters or is incomplete; the
                 optimizer is as before then.
         """
+        self._refuse_halfway("load_state_dict()")
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = state_dict.copy()
@@ -460,6 +447,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         return self._runtime.state_names(algorithm) if isinstance(self._runtime, Peers) else algorithm.state_names
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_halfway("a copy")
         # Without the buffers: they are made again around the parameters of the copy. State is cloned, because a
         # pickle of a view holds the whole buffer, once for every view.
         state = {
@@ -485,3 +473,4 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         if "_bindings" not in self.__dict__:
             self._bindings = []
             self._runtime = runtime_for(self.topology, self._process_group, self._options, self.by_passes)
+            self._overlap = overlap_for(self, self._runtime)

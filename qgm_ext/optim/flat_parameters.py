@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -211,19 +211,23 @@ class FlatParameters:
             updates.append(Update(x, grad, vectors, rule, algorithm.hyper(counts[run[0]], lr)))
         return updates, active
 
-    def vectors(self, state: State, names: Sequence[str], maximize: bool) -> tuple[Vectors, bool]:
-        """Bind state and gather gradients of all parameters, zero where there is none; no parameter changes.
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(first, length) of each parameter in the buffer."""
+        return self._layout.segments
+
+    def vectors(self, state: State, names: Sequence[str]) -> tuple[Vectors, bool]:
+        """Bind the state of all parameters; nothing changes, and gradients are not gathered yet.
 
         Args:
             state: the optimizer's state, brought in line with the buffers.
             names: of the state vectors.
-            maximize: step along the gradient instead of against it.
 
         Returns:
             The vectors, and whether the state is new, that is, zero.
 
         Raises:
-            TypeError, ValueError: as :meth:`prepare`, or if parameters have taken different numbers of steps.
+            ValueError: as :meth:`prepare`, or if parameters have taken different numbers of steps.
         """
         if tuple(self._buffers) != tuple(names):
             self._use_state(names, state)
@@ -242,23 +246,35 @@ class FlatParameters:
                 "parameters that are averaged with other workers step together, but those of one group have taken "
                 f"{min(counts)} to {max(counts)} steps; was the state of some of them loaded or deleted?"
             )
-        active, grads = [], []
-        for i, p in enumerate(self.params):
+        if self._vectors is None:
+            found = {name: buffer[None] for name, buffer in self._buffers.items()}
+            self._vectors = Vectors(self.x[None], self._gathered[None], found, self._layout.segments)
+        return self._vectors, fresh
+
+    def gather(self, indices: Iterable[int], maximize: bool) -> None:
+        """Gather the gradients of some parameters, zero where there is none.
+
+        Args:
+            indices: of the parameters.
+            maximize: step along the gradient instead of against it.
+
+        Raises:
+            TypeError: if a gradient is sparse.
+        """
+        targets, grads = [], []
+        for i in indices:
+            p = self.params[i]
             if p.grad is None:
                 self._gather_views[i].zero_()
                 continue
             if p.grad.is_sparse:
                 raise _sparse_gradient(p)
-            active.append(i)
+            targets.append(self._gather_views[i])
             grads.append(p.grad)
-        if active:
-            torch._foreach_copy_([self._gather_views[i] for i in active], grads)
-        if maximize:
-            self._gathered.neg_()
-        if self._vectors is None:
-            found = {name: buffer[None] for name, buffer in self._buffers.items()}
-            self._vectors = Vectors(self.x[None], self._gathered[None], found, self._layout.segments)
-        return self._vectors, fresh
+        if targets:
+            torch._foreach_copy_(targets, grads)
+            if maximize:
+                torch._foreach_neg_(targets)
 
     def advance(self, active: Sequence[int]) -> list[Tensor]:
         """Count a step of the parameters ``active``, and return them."""

@@ -24,17 +24,21 @@ from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay_state_names
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.options import RuntimeOptions
+from qgm_ext.optim.flat_parameters import FlatParameters
 from qgm_ext.topology import Topology
 
 __all__ = ["Peers", "Work"]
 
 
 class Work(NamedTuple):
-    """The step of one flat buffer."""
+    """The step of one flat buffer of a parameter group."""
 
+    flat: FlatParameters
+    group: dict[str, Any]
     vectors: Vectors
     algorithm: Algorithm
     lr: float
+    maximize: bool
     clock: Clock
     fresh: bool
 
@@ -62,7 +66,7 @@ class Peers:
         self.worker = self.exchange.rank if self.exchange is not None else 0
         self._engine = WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes)
         self._number = 0
-        self.last_communication = Communication()
+        self.last_communication = self._counted = Communication()
 
     @property
     def communication(self) -> Communication:
@@ -149,15 +153,19 @@ class Peers:
 
     def step(self, works: Sequence[Work], gossip: bool) -> None:
         """One step of all buffers; without ``gossip`` a local one."""
-        before = self.communication
         for work in works:
             if work.fresh:
                 self._engine.start_state(work.algorithm, work.vectors)
                 work.clock.scalars = work.algorithm.initial_scalars(self.num_workers)
-        for turn in self.turns(works, gossip):
+        self.finish(self.turns(works, gossip))
+
+    def finish(self, turns: Sequence[Turn]) -> None:
+        """Take what is left of a step."""
+        for turn in turns:
             turn.finish()
         self._number += 1
-        self.last_communication = self.communication - before
+        self.last_communication = self.communication - self._counted
+        self._counted = self.communication
 
     def clip(self, gradients: Sequence[Tensor]) -> None:
         """Scale this worker's gradient, [1, D] in each buffer, to the norm that the options allow."""

@@ -9,11 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Evaluation", "accuracy_and_loss", "evaluation_mode"]
+__all__ = ["Evaluation", "Samples", "accuracy_and_loss", "evaluation_mode"]
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Samples [N, ...] that come out slice by slice: a tensor, or images that are decoded when they are needed."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def dim(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Evaluation:
 
 
 def accuracy_and_loss(
-    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, x: Samples, y: Tensor, batch_size: int, loss_fn: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
     """Accuracy and mean loss of one model, in the mode it is in, without gradients.
 

@@ -22,7 +22,7 @@ from qgm_ext import engines, ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.cross_gradients import CrossOptimizer, make_optimizer
 from qgm_ext.engines import BufferSnapshot, Closure, Engine, Workers
-from qgm_ext.evaluate import Evaluation, accuracy_and_loss, evaluation_mode
+from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
 from qgm_ext.stacked import OnNonfinite
 from qgm_ext.timing import Timer, Timings
@@ -273,7 +273,7 @@ class Simulator:
 
     def evaluate(
         self,
-        x: Tensor,
+        x: Samples,
         y: Tensor,
         batch_size: int = 1024,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -292,7 +292,7 @@ class Simulator:
             TypeError, ValueError: if x and y don't fit each other, the device or the models' output.
         """
         for name, tensor in (("x", x), ("y", y)):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Samples if name == "x" else Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, the models on {self.device}")

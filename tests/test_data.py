@@ -218,9 +218,9 @@ def test_num_train_takes_the_first_of_a_seeded_shuffle() -> None:
     [
         ("fashion_mnist", {}, ValueError, "unknown data set 'fashion_mnist'; did you mean 'fashion-mnist'"),
         ("digit", {}, ValueError, "did you mean 'digits'"),
-        ("xyz", {}, ValueError, "unknown data set 'xyz'. Known: digits, fashion-mnist, mnist"),
+        ("xyz", {}, ValueError, "unknown data set 'xyz'. Known: agnews, cifar10, digits, "),
         ("digits", {"num_train": 0}, ValueError, "num_train must be >= 1, got 0"),
-        ("digits", {"num_train": 1439}, ValueError, "num_train=1439 is more than the 1438 training images of digits"),
+        ("digits", {"num_train": 1439}, ValueError, "num_train=1439 is more than the 1438 training samples of digits"),
         ("digits", {"num_train": 5.0}, TypeError, "num_train must be an integer, got float"),
         ("digits", {"num_train": 5, "seed": -1}, ValueError, "seed must be in"),
     ],

@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qgm_ext.data import Partition, dirichlet_partition, hold_out, iid_partition, sorted_partition
+from qgm_ext.data import Partition, classes_partition, dirichlet_partition, hold_out, iid_partition, sorted_partition
 
 
 def slow_dirichlet(
@@ -391,3 +391,35 @@ def test_a_partition_within_a_larger_set() -> None:
     assert (larger.seed, larger.alpha, larger.method) == (split.seed, split.alpha, split.method)
     with pytest.raises(ValueError, match="refers to sample 5, but there are only 5 samples"):
         split.within(positions[:5])
+
+
+@pytest.mark.parametrize(("workers", "k"), [(8, 2), (8, 4), (8, 10), (5, 2), (10, 1), (3, 7)])
+def test_classes_partition_gives_every_worker_k_classes_and_every_class_a_fair_number_of_workers(
+    workers: int, k: int
+) -> None:
+    labels = np.repeat(np.arange(10), 60)[np.random.RandomState(0).permutation(600)]
+    split = classes_partition(labels, workers, k, seed=1)
+    own = [set(labels[part].tolist()) for part in split.indices]
+    assert [len(classes) for classes in own] == [k] * workers
+    holders = [sum(label in classes for classes in own) for label in range(10)]
+    assert max(holders) - min(holders) <= 1
+    assert len(set(split.sizes)) == 1
+    together = np.concatenate(split.indices)
+    assert len(np.unique(together)) == len(together)
+    again = classes_partition(labels, workers, k, seed=1)
+    assert again.digest() == split.digest()
+    assert classes_partition(labels, workers, k, seed=2).digest() != split.digest()
+
+
+@pytest.mark.parametrize(
+    ("workers", "k", "message"),
+    [
+        (4, 2, "at most the 10 classes, and with 4 workers reach all of them; got 2"),
+        (4, 11, "classes_per_worker must be at most the 10 classes"),
+        (4, 0, "classes_per_worker must be >= 1, got 0"),
+        (70, 9, "too few samples: 63 workers share the 60 of class"),
+    ],
+)
+def test_classes_partition_refuses_what_does_not_fit(workers: int, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        classes_partition(np.repeat(np.arange(10), 60), workers, k, seed=0)

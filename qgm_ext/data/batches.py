@@ -1,8 +1,8 @@
 """Batches: what every worker trains on at step t, as a pure function of (seed, t).
 
 Holds :class:`WorkerBatches`. It has no state that a checkpoint would have to keep: a resumed run asks for step t and
-gets the samples an uninterrupted run gets. It does not hold the data (``datasets.py``) nor the split
-(``partition.py``).
+gets the samples an uninterrupted run gets, and the random changes of an augmentation. It does not hold the data
+(``datasets.py``), the split (``partition.py``) or the augmentations (``augment.py``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .augment import Augmentation
+from .image_files import ImageFiles
 from .partition import Partition, _integer
 
 # Index rows of this many steps are made together where epochs are short, so that numpy's cost per call is spread.
 _STEPS_AT_ONCE = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Told apart from the numbers that shuffle: those start at the seed plus one golden number, not two.
+_AUGMENTATION = np.uint64(0x3C6EF372FE94F82A)
 
 
 class WorkerBatches:
@@ -33,6 +37,8 @@ class WorkerBatches:
         partition: which samples each worker holds.
         batch_size: samples per worker and step, B >= 1.
         seed: integer in [0, 2**63).
+        augment: how samples are changed; None: not at all. Its random numbers are drawn with (seed, step, worker,
+            position in the batch).
     Raises: TypeError or ValueError for arguments out of range, tensors that don't match, a partition made for another
         data set, or a batch larger than a worker's number of samples.
     Example:
@@ -46,9 +52,17 @@ class WorkerBatches:
         (torch.Size([2, 2, 1]), torch.Size([2, 2]))
     """
 
-    def __init__(self, dataset_x: Tensor, dataset_y: Tensor, partition: Partition, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset_x: Tensor | ImageFiles,
+        dataset_y: Tensor,
+        partition: Partition,
+        batch_size: int,
+        seed: int,
+        augment: Augmentation | None = None,
+    ) -> None:
         for name, tensor in (("dataset_x", dataset_x), ("dataset_y", dataset_y)):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) and (name == "dataset_y" or not isinstance(tensor, ImageFiles)):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if not isinstance(partition, Partition):
             raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
@@ -72,6 +86,7 @@ class WorkerBatches:
         self.steps_per_epoch = smallest // self.batch_size
         self._x = dataset_x
         self._y = dataset_y
+        self._augment = augment
         # Workers with equally many samples are shuffled together: their numbers, and their samples [workers, size].
         self._groups: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = []
         for size in sorted(set(partition.sizes)):
@@ -83,13 +98,20 @@ class WorkerBatches:
         self._group = -1
         self._rows = torch.empty(0, 0, dtype=torch.int64)
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
+    def at(self, step: int, worker: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the batches of step t >= 0, counted from the start of training: x [n, B, ...] and y [n, B], new
-        tensors."""
-        rows = self._index_row(step)
-        x = self._x.index_select(0, rows).view(self.num_workers, self.batch_size, *self._x.shape[1:])
-        y = self._y.index_select(0, rows).view(self.num_workers, self.batch_size)
-        return x, y
+        tensors; or those of one worker, x [B, ...] and y [B], the same bits."""
+        rows = self._index_row(step).view(self.num_workers, self.batch_size)
+        workers = np.arange(self.num_workers, dtype=np.uint64)
+        if worker is not None:
+            worker = _integer("worker", worker, 0, self.num_workers)
+            rows, workers = rows[worker], workers[worker : worker + 1]
+        flat = rows.reshape(-1)
+        if self._augment is None:
+            x = self._x.index_select(0, flat)
+        else:
+            x = self._augment(self._x, flat, self._uniforms(step, workers, self._augment.draws))
+        return x.view(*rows.shape, *x.shape[1:]), self._y.index_select(0, flat).view(rows.shape)
 
     def indices(self, step: int) -> Tensor:
         """Return which samples step t uses: int64 [n, B], positions in the data set, on its device."""
@@ -98,6 +120,14 @@ class WorkerBatches:
     def epoch(self, step: int) -> int:
         """Return the epoch, from 0, that step t belongs to."""
         return _integer("step", step, 0) // self.steps_per_epoch
+
+    def _uniforms(self, step: int, workers: npt.NDArray[np.uint64], draws: int) -> npt.NDArray[np.float64]:
+        """Numbers in [0, 1), ``draws`` for each sample of these workers, [workers * B, draws]."""
+        start = _mix(np.array([self.seed], dtype=np.uint64) + _AUGMENTATION)
+        start = _mix(_mix(start ^ np.uint64(step)) ^ workers)[:, np.newaxis]
+        start = _mix(start ^ np.arange(self.batch_size, dtype=np.uint64)).reshape(-1, 1)
+        counters = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN
+        return (_mix(start + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def _index_row(self, step: int) -> Tensor:
         step = _integer("step", step, 0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qgm_ext import ops
 from qgm_ext.engines import BufferSnapshot
-from qgm_ext.evaluate import Evaluation, accuracy_and_loss, evaluation_mode
+from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
 from qgm_ext.optim import Decentralized
 from qgm_ext.stacked import OnNonfinite
@@ -120,7 +120,7 @@ class ProcessWorker:
 
     def evaluate(
         self,
-        x: Tensor,
+        x: Samples,
         y: Tensor,
         batch_size: int = 1024,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,

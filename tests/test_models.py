@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from qgm_ext import Simulator, models, topology
+from qgm_ext import Simulator, data, models, topology
+from qgm_ext.models import registry
+from qgm_ext.models.features import Recorder
 
 SMALL = ["cnn", "mlp"]
 SHAPES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 28, 28), (2, 9, 13)]
@@ -89,8 +93,8 @@ def test_cnn_has_the_layers_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "options", "error", "message"),
     [
-        ("cn", (1, 8, 8), 10, {}, ValueError, "unknown model 'cn'; did you mean 'cnn'\\? Known: cnn, mlp, "),
-        ("transformer", (1, 8, 8), 10, {}, ValueError, "unknown model 'transformer'. Known: cnn, mlp, resnet20_bn"),
+        ("cn", (1, 8, 8), 10, {}, ValueError, "unknown model 'cn'; did you mean 'cnn'\\? Known: cnn, distilbert, "),
+        ("xyz", (1, 8, 8), 10, {}, ValueError, "unknown model 'xyz'. Known: cnn, distilbert, distilbert_small, lenet"),
         ("resnet20_gn", (8, 8), 10, {}, ValueError, r"input_shape must be \(channels, height, width\), got \(8, 8\)"),
         ("resnet20_gn", (1, 8, 8), 10, {"groups": 3}, ValueError, "groups=3 must divide the 16 channels"),
         ("resnet20_gn", (1, 8, 8), 10, {"channels": (4, 8)}, ValueError, "channels must be of three stages"),
@@ -103,6 +107,18 @@ def test_cnn_has_the_layers_asked_for() -> None:
             ValueError,
             "divisible by the 32 groups, got 48",
         ),
+        (
+            "lenet",
+            (3, 15, 32),
+            10,
+            {},
+            ValueError,
+            r"with 16x16 or more, got \(3, 15, 32\)",
+        ),
+        ("resnet18_bn", (1, 64, 64), 10, {}, ValueError, r"\(3, height, width\) with 32x32 or more, got \(1, 64, 64\)"),
+        ("text_mlp", (1, 8), 10, {}, ValueError, r"input_shape must be \(tokens of a text,\), got \(1, 8\)"),
+        ("distilbert", (1, 8), 10, {}, ValueError, r"input_shape must be \(tokens of a text,\), got \(1, 8\)"),
+        ("text_mlp", (8,), 10, {"vocabulary": 0}, ValueError, "vocabulary must be integers >= 1, got 0"),
         ("vgg11", (3, 28, 28), 10, {}, ValueError, "five layers that halve the image need 32x32 or more, got 28x28"),
         ("vgg11", (3, 32, 32), 10, {"slim": 3}, ValueError, "slim must divide 64, got 3"),
         ("vgg11", (3, 32, 32), 10, {"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
@@ -134,6 +150,8 @@ def test_bad_arguments_are_named(
 # The paper's models ---------------------------------------------------------------------------------------------------
 
 PAPER = ["resnet20_bn", "resnet20_evonorm", "resnet20_gn", "vgg11"]
+LARGE = ["resnet18_bn", "resnet18_evonorm", "resnet18_gn"]
+TEXTS = ["distilbert", "distilbert_small", "text_mlp"]
 
 
 def narrow(name: str, num_classes: int = 10) -> nn.Sequential:
@@ -143,7 +161,8 @@ def narrow(name: str, num_classes: int = 10) -> nn.Sequential:
 
 
 def test_every_model_is_tested() -> None:
-    assert sorted([*SMALL, *PAPER]) == models.names()
+    assert sorted([*SMALL, *PAPER, *LARGE, *TEXTS, "lenet"]) == models.names()
+    assert [name for name in models.names() if models.takes_texts(name)] == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -153,6 +172,7 @@ def test_every_model_is_tested() -> None:
         ("resnet20_evonorm", 272_474, 64),
         ("resnet20_gn", 272_474, 64),
         ("vgg11", 9_750_922, 512),
+        ("lenet", 62_006, 84),
     ],
 )
 def test_paper_model_has_its_size_and_features(name: str, parameters: int, features: int) -> None:
@@ -215,3 +235,129 @@ def test_batch_statistics_stay_with_their_worker() -> None:
     first, second = (dict(model.named_buffers()) for model in sim.models)
     assert all(not torch.equal(first[key], second[key]) for key in first if key.endswith("running_mean"))
     assert torch.equal(sim.opt.x[0], sim.opt.x[1])
+
+
+# Larger models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("resnet18_bn", "loop"), ("resnet18_gn", "loop"), ("resnet18_evonorm", "vmap")]
+)
+def test_resnet18_is_torchvisions_and_runs_in_the_simulator(name: str, engine: str) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    model = models.get(name, (3, 32, 32), 7)
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in torchvision.models.resnet18(num_classes=7).parameters()
+    )
+    kinds = {type(module).__name__ for module in model.modules()}
+    norms = {"resnet18_bn": "BatchNorm2d", "resnet18_gn": "GroupNorm", "resnet18_evonorm": "EvoNormS0"}
+    assert kinds & {*norms.values(), "ReLU"} == {norms[name], *(() if name.endswith("evonorm") else ("ReLU",))}
+    sim = Simulator(model, topology.ring(2), "qg_dsgdm_n", lr=0.001, engine=engine)
+    x, y = torch.randn(2, 3, 3, 32, 32), torch.randint(0, 7, (2, 3))
+    before = sim.opt.x.clone()
+    losses = sim.step(nn.functional.cross_entropy, (x, y))
+    assert losses.isfinite().all()
+    assert not torch.equal(sim.opt.x, before)
+
+
+def test_resnet18_with_batch_norm_is_torchvisions_function() -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = models.get("resnet18_bn", (3, 64, 64), 5).eval()
+    theirs = torchvision.models.resnet18(num_classes=5).eval()
+    theirs.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), theirs(x))
+
+
+@pytest.mark.parametrize("algorithm", ["ccl", "gut", "qg_gutm"])
+def test_methods_of_other_papers_run_with_evonorm(algorithm: str) -> None:
+    torch.manual_seed(0)
+    sim = Simulator(narrow("resnet20_evonorm"), topology.ring(4), algorithm, lr=0.01)
+    before = sim.opt.x.clone()
+    losses = sim.step(nn.functional.cross_entropy, (torch.randn(4, 4, 3, 32, 32), torch.randint(0, 10, (4, 4))))
+    assert losses.isfinite().all()
+    assert sim.opt.x.isfinite().all()
+    assert not torch.equal(sim.opt.x, before)
+
+
+def texts(count: int, length: int = 8, vocabulary: int = 40) -> torch.Tensor:
+    tokens = torch.randint(1, vocabulary, (count, length))
+    tokens[:, -2:] = 0
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["text_mlp", "distilbert_small"])
+def test_text_models_ignore_padding_and_learn(name: str) -> None:
+    if name != "text_mlp":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    model = models.get(name, (8,), 4, vocabulary=40)
+    x, y = texts(12), torch.arange(12) % 4
+    with torch.no_grad():
+        short = model(x[:, :-2])
+        torch.testing.assert_close(model(x), short, rtol=1e-4, atol=1e-5)
+        assert torch.isfinite(model(torch.zeros_like(x))).all()
+    batches = x.view(2, 6, 8), y.view(2, 6)
+    sim = Simulator(model, topology.ring(2), "qg_dadam", lr=0.001, engine=models.default_engine(name, "cpu"))
+    losses = [sim.step(nn.functional.cross_entropy, batches).mean().item() for _ in range(40)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_distilbert_has_the_papers_size() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    with torch.device("meta"):
+        model = models.get("distilbert", (128,), 4)
+    assert sum(p.numel() for p in model.parameters()) == 66_956_548  # as distilbert-base-uncased with 4 classes
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "gossip", "ring", "##s", "average"]
+
+
+def write_pretrained(folder: Path, vocabulary: int = len(WORDS), length: int = 16) -> None:
+    """A small DistilBERT and its tokenizer, as save_pretrained writes them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    tokenizer = transformers.DistilBertTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    tokenizer.save_pretrained(str(folder))
+    small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "max_position_embeddings": length}
+    torch.manual_seed(5)
+    config = transformers.DistilBertConfig(vocab_size=vocabulary, **small)
+    transformers.DistilBertModel(config).save_pretrained(str(folder))
+
+
+def test_distilbert_starts_from_a_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    write_pretrained(tmp_path / "model")
+    stored = transformers.DistilBertModel.from_pretrained(str(tmp_path / "model"), local_files_only=True)
+    tokenizer = data.PretrainedTokenizer(tmp_path / "model")
+    tokens = tokenizer.encode(["Gossip rings", "average"], 6)
+    assert tokens.tolist() == [[2, 5, 6, 7, 3, 0], [2, 8, 3, 0, 0, 0]]
+    model = models.get("distilbert", (6,), 3, vocabulary=tokenizer.vocabulary, pretrained=str(tmp_path / "model"))
+    assert all(module.training for module in model.modules())
+    for name, value in stored.state_dict().items():
+        assert torch.equal(model.model.distilbert.state_dict()[name], value)
+    with Recorder(model.eval(), models.feature_layer(model)) as recorder:
+        scores = model(tokens)
+    assert torch.equal(model.model.classifier(recorder.result().features), scores)
+    with pytest.raises(ValueError, match="knows 9 tokens in texts of up to 16; the data have 9 and 20"):
+        models.get("distilbert", (20,), 3, vocabulary=9, pretrained=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds no DistilBERT that transformers can load"):
+        models.get("distilbert", (6,), 3, vocabulary=9, pretrained=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere holds no tokenizer that transformers can load"):
+        data.PretrainedTokenizer(tmp_path / "nowhere")
+
+
+def test_other_packages_register_models_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+
+    def linear(input_shape: Sequence[int], num_classes: int) -> nn.Module:
+        return nn.Linear(*input_shape, num_classes)
+
+    models.register("own", linear, draws=True, batched=False)
+    assert models.get("own", (4,), 2).in_features == 4
+    assert (models.default_engine("own", "cpu"), models.default_engine("own", "cuda:0")) == ("loop", "loop")
+    assert (models.default_engine("mlp", "cpu"), models.default_engine("mlp", "cuda")) == ("threads", "vmap")
+    with pytest.raises(ValueError, match="there is a model 'own' already"):
+        models.register("own", linear)

@@ -1,4 +1,4 @@
-"""Small convolutional network with group normalisation, for images from 8x8 up.
+"""Small convolutional networks: one with group normalisation, for images from 8x8 up, and LeNet-5.
 
 Group rather than batch normalisation: batch statistics of heterogeneous workers disagree, and running averages are
 buffers that torch.func can't map over. Not a copy of the paper's networks (ResNet-20, VGG-11).
@@ -49,4 +49,33 @@ def cnn(
         layers += [nn.Conv2d(previous, out, 3, padding=1), nn.GroupNorm(groups, out), nn.ReLU(), nn.MaxPool2d(2)]
         previous, height, width = out, height // 2, width // 2
     layers += [nn.Flatten(), nn.Linear(previous * height * width, num_classes)]
+    return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))
+
+
+def lenet(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
+    """Build LeNet-5 with ReLU and maxima, input [B, C, H, W], output logits [B, num_classes].
+
+    Two times convolution 5x5 (6 and 16 channels), ReLU, maximum over 2x2; linear layers of 120 and 84 units. Which
+    variant the Momentum Tracking paper trains could not be verified.
+
+    Args:
+        input_shape: (channels, height, width) of one image, 16 x 16 or larger.
+        num_classes: number of logits.
+    Raises: TypeError or ValueError if a size does not fit.
+    Example:
+        >>> sum(p.numel() for p in lenet((3, 32, 32), 10).parameters())
+        62006
+
+    Source: LeCun et al., "Gradient-Based Learning Applied to Document Recognition" (1998).
+    """
+    check_sizes(input_shape=input_shape, num_classes=num_classes)
+    if len(input_shape) != 3 or min(input_shape[1:]) < 16:
+        raise ValueError(f"input_shape must be (channels, height, width) with 16x16 or more, got {tuple(input_shape)}")
+    channels, height, width = input_shape
+    layers: list[nn.Module] = []
+    for before, after in ((channels, 6), (6, 16)):
+        layers += [nn.Conv2d(before, after, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        height, width = (height - 4) // 2, (width - 4) // 2
+    layers += [nn.Flatten(), nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
+    layers.append(nn.Linear(84, num_classes))
     return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))

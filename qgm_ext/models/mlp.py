@@ -1,4 +1,4 @@
-"""Multi-layer perceptron: flatten, then linear layers with ReLU between. No normalisation, no dropout."""
+"""Multi-layer perceptrons, of flattened images and of the mean of word vectors. No normalisation, no dropout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._checks import check_sizes
 from .features import declare_feature_layer
@@ -29,6 +29,51 @@ def mlp(input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (1
     check_sizes(input_shape=input_shape, num_classes=num_classes, hidden=hidden)
     widths = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    layers.append(nn.Linear(widths[-1], num_classes))
+    return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))
+
+
+class MeanEmbedding(nn.Module):
+    """The mean of the vectors of a text's tokens: [B, L], 0 where a text has ended, to [B, dim].
+
+    Args:
+        vocabulary: number of tokens. dim: size of a vector.
+    """
+
+    def __init__(self, vocabulary: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Average."""
+        there = (tokens != 0).unsqueeze(-1)
+        mean: Tensor = (self.embedding(tokens) * there).sum(1) / there.sum(1).clamp(min=1)
+        return mean
+
+
+def text_mlp(
+    input_shape: Sequence[int], num_classes: int, vocabulary: int = 8192, dim: int = 64, hidden: Sequence[int] = (64,)
+) -> nn.Sequential:
+    """Build a perceptron on the mean of word vectors, input token numbers [B, L], output logits [B, num_classes].
+
+    Args:
+        input_shape: (L,), tokens of a text.
+        num_classes: number of logits.
+        vocabulary: number of tokens.
+        dim: size of a word vector.
+        hidden: widths of the hidden layers.
+    Raises: TypeError or ValueError if a size is not an integer >= 1.
+    Example:
+        >>> sum(p.numel() for p in text_mlp((48,), 13).parameters())
+        529293
+    """
+    check_sizes(input_shape=input_shape, num_classes=num_classes, vocabulary=vocabulary, dim=dim, hidden=hidden)
+    if len(input_shape) != 1:
+        raise ValueError(f"input_shape must be (tokens of a text,), got {tuple(input_shape)}")
+    layers: list[nn.Module] = [MeanEmbedding(vocabulary, dim)]
+    widths = [dim, *hidden]
     for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     layers.append(nn.Linear(widths[-1], num_classes))

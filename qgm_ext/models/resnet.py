@@ -1,12 +1,13 @@
-"""ResNet-20 for small images, as in the quasi-global momentum paper, with a choice of normalisation.
+"""ResNet-20 for small images, as in the quasi-global momentum paper, and torchvision's ResNet-18 for large ones.
 
-ResNet-18 and larger ones for ImageNet are torchvision's; the simulator takes any module.
+Both with a choice of normalisation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ._checks import check_sizes
 from .features import declare_feature_layer
 from .norms import make_norm
 
-__all__ = ["BasicBlock", "resnet20"]
+__all__ = ["BasicBlock", "resnet18", "resnet20"]
 
 
 class BasicBlock(nn.Module):
@@ -90,3 +91,35 @@ def resnet20(
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
     return declare_feature_layer(model, str(len(layers) - 2))
+
+
+def resnet18(input_shape: Sequence[int], num_classes: int, norm: str = "batch", groups: int = 2) -> nn.Module:
+    """Build torchvision's ResNet-18, input [B, 3, H, W], output logits [B, num_classes].
+
+    With EvoNorm every normalisation and its ReLU become one EvoNorm-S0, and the ReLUs after sums go, as in
+    :class:`BasicBlock`.
+
+    Args:
+        input_shape: (3, height, width) of one image, 32 x 32 or larger; made for 224 x 224.
+        num_classes: number of logits.
+        norm: "group", "batch" or "evonorm".
+        groups: of "group".
+    Raises: TypeError or ValueError if a size or the norm does not fit; ImportError without torchvision.
+
+    Source: He et al. 2016; torchvision.models.resnet18, without its weights.
+    """
+    check_sizes(input_shape=input_shape, num_classes=num_classes, groups=groups)
+    if len(input_shape) != 3 or input_shape[0] != 3 or min(input_shape[1:]) < 32:
+        raise ValueError(f"input_shape must be (3, height, width) with 32x32 or more, got {tuple(input_shape)}")
+    try:
+        from torchvision.models import resnet18 as torchvision_resnet18
+    except ImportError as error:
+        raise ImportError("resnet18 comes with torchvision: pip install 'qgm_ext[vision]'") from error
+    model: nn.Module = torchvision_resnet18(
+        num_classes=num_classes, norm_layer=partial(make_norm, norm, groups=groups, activate=False)
+    )
+    if norm == "evonorm":
+        for module in list(model.modules()):
+            if hasattr(module, "relu"):
+                module.relu = nn.Identity()
+    return declare_feature_layer(model, "avgpool")

@@ -28,7 +28,8 @@ except ModuleNotFoundError as error:
 import torch
 
 import qgm_ext
-from qgm_ext import algorithms, cli_compare, cli_plan, data, models
+from qgm_ext import algorithms, cli_compare, cli_plan, models
+from qgm_ext import data as datasets
 from qgm_ext import topology as topologies
 from qgm_ext.cli_support import (
     EXIT_FAILED,
@@ -40,6 +41,7 @@ from qgm_ext.cli_support import (
     stop_on_signal,
     user_errors,
 )
+from qgm_ext.data import augment as augmentation
 from qgm_ext.distributed import PeerLostError
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import config as configs
@@ -95,20 +97,31 @@ def train(
     algorithm: Annotated[str | None, option(_WHAT, "One of `qgm algorithms`.", "qg_dsgdm_n")] = None,
     topology: Annotated[str | None, option(_WHAT, f"{', '.join(topologies.names())}.", "ring")] = None,
     workers: Annotated[int | None, option(_WHAT, "Number of workers.", "16", "--workers", "-n")] = None,
-    data: Annotated[str | None, option(_WHAT, f"{', '.join(data.names())}.", "digits")] = None,
+    data: Annotated[str | None, option(_WHAT, f"{', '.join(datasets.names())}.", "digits")] = None,
     data_root: Annotated[str | None, option(_WHAT, "Folder of the data set's files.", "the usual places")] = None,
-    num_train: Annotated[int | None, option(_WHAT, "Use so many training images.", "all")] = None,
+    num_train: Annotated[int | None, option(_WHAT, "Use so many training samples.", "all")] = None,
     validation: Annotated[
         float | None, option(_WHAT, "Share of the training set held out and evaluated as well.", "0")
     ] = None,
+    augment: Annotated[
+        str | None, option(_WHAT, f"Random changes of training images: {', '.join(augmentation.NAMES)}.", "none")
+    ] = None,
+    download: Annotated[
+        bool, option(_WHAT, "Fetch the data set's files if they are not there.", None, "--download")
+    ] = False,
     partition: Annotated[str | None, option(_WHAT, f"{', '.join(configs.PARTITIONS)}.", "dirichlet")] = None,
     alpha: Annotated[
         float | None, option(_WHAT, "Heterogeneity of the Dirichlet partition; small is heterogeneous.", "0.1")
     ] = None,
+    classes_per_worker: Annotated[int | None, option(_WHAT, "Of the partition classes.", "2")] = None,
     model: Annotated[str | None, option(_WHAT, f"{', '.join(models.names())}.", "mlp")] = None,
+    pretrained: Annotated[str | None, option(_WHAT, "Folder of weights to start from.", "random weights")] = None,
     batch: Annotated[int | None, option(_WHAT, "Samples per worker and step.", "16")] = None,
     seed: Annotated[int | None, option(_WHAT, "Of model, partition and batches.", "0")] = None,
     lr: Annotated[float | None, option(_HOW, "Peak step size.", "0.1, or the algorithm's own")] = None,
+    base_batch: Annotated[
+        int | None, option(_HOW, "Samples of a step that --lr is for; the peak grows with them.", "--lr is the peak")
+    ] = None,
     momentum: Annotated[float | None, option(_HOW, "Beta, in [0, 1).", "the algorithm's")] = None,
     qg_momentum: Annotated[float | None, option(_HOW, "Mu of quasi-global momentum.", "the algorithm's")] = None,
     weight_decay: Annotated[float | None, option(_HOW, "Lambda.", "the algorithm's")] = None,
@@ -118,8 +131,11 @@ def train(
         option(_HOW, "Any other hyper-parameter of the algorithm; may be repeated.", metavar="NAME=VALUE"),
     ] = None,
     schedule: Annotated[str | None, option(_HOW, f"{', '.join(schedules.names())}.", "constant")] = None,
+    milestones: Annotated[
+        list[float] | None, option(_HOW, "Where step falls by 10, share of the run; may be repeated.", "0.5, 0.75")
+    ] = None,
     warmup_epochs: Annotated[float | None, option(_HOW, "Linear warm-up, per iteration.", "0")] = None,
-    warmup_from: Annotated[float | None, option(_HOW, "Step size at its start.", "lr / 10")] = None,
+    warmup_from: Annotated[float | None, option(_HOW, "Step size at its start.", "lr / 10, or --lr")] = None,
     clip: Annotated[float | None, option(_HOW, "Clip each worker's gradient to this norm.", "off")] = None,
     on_nonfinite: Annotated[
         str | None, option(_HOW, f"Infinite or NaN gradient: {', '.join(configs.ON_NONFINITE)}.", "raise")
@@ -150,8 +166,11 @@ def train(
     arguments = locals()
     fields = {field.name for field in dataclasses.fields(configs.TrainConfig)} - {"hyper"}
     given = {name: value for name, value in arguments.items() if name in fields and value is not None}
-    if data_root is not None:
-        given["data_root"] = os.path.abspath(data_root)
+    for name in ("data_root", "pretrained"):
+        if name in given:
+            given[name] = os.path.abspath(given[name])
+    if milestones is not None:
+        given["milestones"] = tuple(milestones)
     own = {
         name: arguments[name]
         for name in ("momentum", "qg_momentum", "weight_decay", "local_step")
@@ -181,6 +200,10 @@ def train(
                     given.setdefault("workers", processes)
                 own |= _parse_hyper(algorithm or configs.TrainConfig.algorithm, hyper or [])
                 config = configs.TrainConfig(**given, hyper=own)
+                if download:
+                    if processes > 1:
+                        raise ValueError("--download is for one process; fetch the files once without torchrun")
+                    datasets.load(config.data, config.data_root, download=True)
                 training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
             stack.enter_context(training)
         folder = out or resume

@@ -46,7 +46,10 @@ def compare(
     choose: Annotated[str | None, option(_HOW, "Accuracy that counts: last, or best on validation.", "last")] = None,
     data: Annotated[str | None, option(_WHAT, "Data set.", "digits")] = None,
     data_root: Annotated[str | None, option(_WHAT, "Folder of its files.", "the usual places")] = None,
-    num_train: Annotated[int | None, option(_WHAT, "Use so many training images.", "all")] = None,
+    download: Annotated[
+        bool, option(_WHAT, "Fetch the data set's files if they are not there.", None, "--download")
+    ] = False,
+    num_train: Annotated[int | None, option(_WHAT, "Use so many training samples.", "all")] = None,
     validation: Annotated[float | None, option(_HOW, "Share of them to choose step sizes on.", "0.1")] = None,
     epochs: Annotated[int | None, option(_HOW, "Length in epochs.", "100")] = None,
     steps: Annotated[int | None, option(_HOW, "Length in steps, instead of epochs.")] = None,
@@ -84,7 +87,7 @@ def compare(
     console = make_console()
     with user_errors():
         plan, folder = _plan(file, preset, resume, out, given)
-        _load_data(plan)
+        _load_data(plan, download)
         _announce(console, plan)
     with user_errors(), stop_on_signal() as stop:
         begin = time.perf_counter()
@@ -146,7 +149,7 @@ def _plan(
     return comparison.from_dict(given), out or Path("compare-run")
 
 
-def _load_data(plan: Comparison) -> None:
+def _load_data(plan: Comparison, download: bool) -> None:
     """Missing data is found here, with the place to get it, rather than by a child process."""
     from qgm_ext import data
 
@@ -154,7 +157,7 @@ def _load_data(plan: Comparison) -> None:
         (train.get("data", "digits"), train.get("data_root"))
         for train in ({**plan.train, **method.train} for method in plan.methods)
     }:
-        data.load(*chosen)
+        data.load(*chosen, download=download)
 
 
 def _announce(console: Console, plan: Comparison) -> None:

@@ -112,7 +112,8 @@ def test_train_takes_every_option(tmp_path):
         "--algorithm qg_dsgdm --topology chain --alpha 1 --data digits --model cnn --steps 6 --lr 0.05 "
         "--schedule cosine --warmup-epochs 0.5 --warmup-from 0.01 --momentum 0.8 --qg-momentum 0.7 "
         "--weight-decay 1e-4 --hyper local_step=2 --clip 1 --seed 3 --dtype float64 --device cpu --engine loop "
-        "--eval-every 1 --partition dirichlet --on-nonfinite skip --checkpoint-seconds 0 --validation 0.1"
+        "--eval-every 1 --partition dirichlet --on-nonfinite skip --checkpoint-seconds 0 --validation 0.1 "
+        "--augment crop_flip --classes-per-worker 3 --base-batch 32 --milestones 0.2 --milestones 0.9"
     )
     code, output = qgm("train", *SMALL, *words.split(), "--out", tmp_path, "--data-root", tmp_path)
     assert code == 0, output
@@ -126,14 +127,19 @@ def test_train_takes_every_option(tmp_path):
         "data_root": str(tmp_path),
         "num_train": 200,
         "validation": 0.1,
+        "augment": "crop_flip",
         "partition": "dirichlet",
         "alpha": 1.0,
+        "classes_per_worker": 3,
         "model": "cnn",
+        "pretrained": None,
         "epochs": None,
         "steps": 6,
         "batch": 8,
         "lr": 0.05,
+        "base_batch": 32,
         "schedule": "cosine",
+        "milestones": [0.2, 0.9],
         "warmup_epochs": 0.5,
         "warmup_from": 0.01,
         "clip": 1.0,
@@ -167,7 +173,7 @@ def test_train_takes_every_option(tmp_path):
         ("--workers 1000", "too few samples"),
         ("--batch 90", "batch_size=90 is larger than the 89 samples of worker"),
         ("--batch 0", "batch must be at least 1, got 0"),
-        ("--num-train 100000", "num_train=100000 is more than the 1438 training images"),
+        ("--num-train 100000", "num_train=100000 is more than the 1438 training samples"),
         ("--epochs 0", "epochs must be at least 1, got 0"),
         ("--epochs 1 --steps 1", "give epochs or steps, not both"),
         ("--steps 3 --warmup-epochs 2", "warmup_epochs must fit into the 3 steps"),

@@ -21,6 +21,7 @@ from qgm_ext import algorithms, data, models, topology
 from qgm_ext.experiments import TrainConfig, Training, resume, run, runfolder
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments.schedules import Schedule
+from qgm_ext.models import registry
 from qgm_ext.simulator import Simulator
 from qgm_ext.stacked import NonFiniteGradientError
 
@@ -370,8 +371,10 @@ def test_models_that_draw_random_numbers_resume_to_the_same_bits(tmp_path, monke
     def with_dropout(input_shape, num_classes):
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, num_classes))
 
-    monkeypatch.setitem(models._MODELS, "mlp", with_dropout)
-    config = small(engine="loop")
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    models.register("dropout", with_dropout, draws=True)
+    config = small(model="dropout")
+    assert config.engine == "loop"
     train_until(config, tmp_path / "run", 5)
     torch.rand(7)
     assert_same_outcome(resume(tmp_path / "run"), run(config))

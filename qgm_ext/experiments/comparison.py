@@ -319,11 +319,14 @@ class Comparison:
 def run_name(config: TrainConfig) -> str:
     """The folder name of a run: what it is, for people, and a digest of everything that decides its outcome.
 
+    What has its default does not count, so that a field that comes later changes no name.
+
     Example:
         >>> run_name(TrainConfig(steps=5, threads=1)) == run_name(TrainConfig(steps=5, threads=2))
         True
     """
-    content = {key: value for key, value in config.as_dict().items() if key != "threads"}
+    usual = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | {"threads": config.threads}
+    content = {key: value for key, value in config.as_dict().items() if value != usual[key]}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
     split = f"a{config.alpha:g}" if config.partition == "dirichlet" else config.partition
     words = (

@@ -21,17 +21,18 @@ import torch
 
 from qgm_ext import algorithms, data, models, topology
 from qgm_ext.algorithms import check_number
+from qgm_ext.data import augment as augmentation
 from qgm_ext.experiments import schedules
 from qgm_ext.simulator import EngineChoice
 from qgm_ext.stacked import OnNonfinite
 
 __all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse", "parse_hyper"]
 
-CONFIG_FORMAT = "qgm_ext.train/2"
+CONFIG_FORMAT = "qgm_ext.train/3"
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENGINES: tuple[str, ...] = typing.get_args(EngineChoice)
-PARTITIONS = ("dirichlet", "iid", "sorted")
+PARTITIONS = ("dirichlet", "iid", "sorted", "classes")
 ON_NONFINITE: tuple[str, ...] = typing.get_args(OnNonfinite)
 
 _LATER: Any = None  # filled in by __post_init__, so that the field's type can be what users of a config see
@@ -53,26 +54,33 @@ class TrainConfig:
         workers: n >= 1. (Default: 16, or what the topology prescribes.)
         data: a name from :func:`qgm_ext.data.names`.
         data_root: folder of the data set's files; None: the usual places.
-        num_train: use so many training images; None: all.
+        num_train: use so many training samples; None: all.
         validation: share of the training set, in [0, 1), that no worker gets and that is evaluated beside the test
             set, for choosing hyper-parameters; drawn with ``seed`` before the partition.
-        partition: how the training set is split: "dirichlet", "iid" or "sorted".
+        augment: how training images are changed at random, see :mod:`qgm_ext.data.augment`.
+        partition: how the training set is split: "dirichlet", "iid", "sorted" or "classes".
         alpha: heterogeneity of the Dirichlet partition, > 0; small is heterogeneous.
+        classes_per_worker: of the partition "classes", >= 1.
         model: a name from :func:`qgm_ext.models.names`.
+        pretrained: folder with weights, and for texts a tokenizer, to start from; None: random weights. Of distilbert.
         epochs: length of the run; None if ``steps`` says it. (Default: 100.)
         steps: length of the run; None if ``epochs`` says it.
         batch: samples per worker and step, >= 1.
-        lr: peak step size, >= 0. (Default: the algorithm's own, else 0.1.)
+        lr: peak step size, >= 0, but see ``base_batch``. (Default: the algorithm's own, else 0.1.)
+        base_batch: scale the peak with the samples of a step: ``lr`` is for so many of all workers together, the peak
+            is lr workers batch / base_batch; None: ``lr`` is the peak.
         schedule: "constant", "step" or "cosine", see :class:`qgm_ext.experiments.schedules.Schedule`.
+        milestones: of the schedule "step": where the step size falls by 10, shares of the run, ascending.
         warmup_epochs: length of the warm-up, >= 0.
-        warmup_from: step size at its start, in [0, lr]. (Default: lr / 10.)
+        warmup_from: step size at its start, in [0, peak]. (Default: lr / 10; with ``base_batch`` lr, or the peak if
+            that is less.)
         clip: largest gradient norm of a worker, > 0; None: no clipping.
         seed: of the initial model, the partition, the batches, ``validation`` and ``num_train``; in [0, 2**32).
         dtype: of parameters and gradients: "float32", "float64", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:i".
         engine: how gradients are computed, see :mod:`qgm_ext.engines`: "loop", "threads", "vmap", or "auto", which is
             measured at the start and then kept; other engines give other last bits. (Default: "threads", whose bits
-            don't depend on the number of threads; on CUDA "vmap".)
+            don't depend on the number of threads; on CUDA "vmap"; "loop" for models that these can't run.)
         threads: CPU threads. (Default: as torch has it.)
         eval_every: epochs between evaluations, >= 1. (Default: about 20 evaluations in a run.)
         on_nonfinite: "raise", "skip" or "ignore" a gradient with an infinity or NaN.
@@ -94,14 +102,19 @@ class TrainConfig:
     data_root: str | None = None
     num_train: int | None = None
     validation: float = 0.0
+    augment: str = "none"
     partition: str = "dirichlet"
     alpha: float = 0.1
+    classes_per_worker: int = 2
     model: str = "mlp"
+    pretrained: str | None = None
     epochs: int | None = None
     steps: int | None = None
     batch: int = 16
     lr: float = _LATER
+    base_batch: int | None = None
     schedule: str = "constant"
+    milestones: tuple[float, ...] = (0.5, 0.75)
     warmup_epochs: float = 0.0
     warmup_from: float = _LATER
     clip: float | None = None
@@ -120,10 +133,10 @@ class TrainConfig:
         object.__setattr__(self, "hyper", self._complete_hyper())
         self._fill("workers", default_workers(self.topology))
         self._fill("threads", torch.get_num_threads())
-        for name, low in (("workers", 1), ("batch", 1), ("threads", 1)):
+        for name, low in (("workers", 1), ("batch", 1), ("threads", 1), ("classes_per_worker", 1)):
             _check_integer(name, getattr(self, name), low)
         _check_integer("seed", self.seed, 0, 2**32 - 1)
-        for name in ("num_train", "epochs", "steps"):
+        for name in ("num_train", "epochs", "steps", "base_batch"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
         if self.epochs is not None and self.steps is not None:
@@ -143,21 +156,24 @@ class TrainConfig:
             if self.clip == 0:
                 raise ValueError("clip must be a finite number > 0, got 0")
         check_number("warmup_epochs", self.warmup_epochs, low=0.0)
-        self._fill("warmup_from", self.lr / 10)
-        check_number("warmup_from", self.warmup_from, low=0.0, high=self.lr)
+        self._fill("warmup_from", self.lr / 10 if self.base_batch is None else min(self.lr, self.peak_lr))
+        check_number("warmup_from", self.warmup_from, low=0.0, high=self.peak_lr)
+        object.__setattr__(self, "milestones", schedules.check_milestones(self.milestones))
         if self.epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs must be at most the {self.epochs} epochs, got {self.warmup_epochs:g}")
-        if self.data_root is not None and not isinstance(self.data_root, str):
-            raise TypeError(f"data_root must be a string, got {type(self.data_root).__name__}")
+        for name in ("data_root", "pretrained"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {type(getattr(self, name)).__name__}")
         _check_device(self.device)
 
     def _check_names(self) -> None:
-        self._fill("engine", "vmap" if str(self.device).startswith("cuda") else "threads")
         algorithms.get_class(self.algorithm)  # raises for an unknown name, with the nearest
+        check_name("model", self.model, models.names())
+        self._fill("engine", models.default_engine(self.model, str(self.device)))
         for name, known in (
             ("topology", topology.names()),
             ("data", data.names()),
-            ("model", models.names()),
+            ("augment", augmentation.NAMES),
             ("partition", PARTITIONS),
             ("schedule", schedules.names()),
             ("dtype", tuple(DTYPES)),
@@ -181,6 +197,11 @@ class TrainConfig:
     def _fill(self, name: str, default: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, default)
+
+    @property
+    def peak_lr(self) -> float:
+        """The step size after the warm-up and before any decay."""
+        return self.lr if self.base_batch is None else self.lr * self.workers * self.batch / self.base_batch
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Length of the run in steps."""

@@ -23,19 +23,20 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
 import qgm_ext
-from qgm_ext import algorithms, data, models, ops, topology
+from qgm_ext import algorithms, data, ops, topology
+from qgm_ext.data import augment
+from qgm_ext.data.datasets import subset
 from qgm_ext.distributed import checkpoint as checkpoints
 from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments import config as configs
-from qgm_ext.experiments import curves, events, runfolder
+from qgm_ext.experiments import curves, events, inputs, runfolder
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.runfolder import RunFolder
 from qgm_ext.experiments.schedules import Schedule
@@ -246,15 +247,17 @@ class Training:
         if with_tensorboard:
             events.require_tensorboard()
         self._device = _device(config.device)
-        self.dataset = data.load(config.data, config.data_root, num_train=config.num_train, seed=config.seed)
+        self.dataset = inputs.load_data(config)
         kept, self.validation_indices = data.hold_out(len(self.dataset.train_y), config.validation, config.seed)
-        self.partition = _partition(config, self.dataset, kept) if partition is None else partition
+        self.partition = inputs.make_partition(config, self.dataset, kept) if partition is None else partition
         dtype = config.torch_dtype()
-        train_x, train_y = self.dataset.train_x.to(self._device, dtype), self.dataset.train_y.to(self._device)
-        self._test = self.dataset.test_x.to(self._device, dtype), self.dataset.test_y.to(self._device)
+        train_x, test_x = (inputs.placed(x, self._device, dtype) for x in (self.dataset.train_x, self.dataset.test_x))
+        train_y = self.dataset.train_y.to(self._device)
+        self._test = test_x, self.dataset.test_y.to(self._device)
         held_out = torch.from_numpy(self.validation_indices).to(self._device)
-        self._validation = train_x[held_out], train_y[held_out]
-        self._batches = data.WorkerBatches(train_x, train_y, self.partition, config.batch, config.seed)
+        self._validation = subset(train_x, held_out), train_y[held_out]
+        changes = augment.make(config.augment, self.dataset)
+        self._batches = data.WorkerBatches(train_x, train_y, self.partition, config.batch, config.seed, changes)
         per_epoch = self._batches.steps_per_epoch
         self.num_steps = config.num_steps(per_epoch)
         warmup = round(config.warmup_epochs * per_epoch)
@@ -262,14 +265,15 @@ class Training:
             raise ValueError(f"warmup_epochs must fit into the {self.num_steps} steps of the run, got {warmup} steps")
         self._schedule = Schedule(
             name=config.schedule,
-            lr=config.lr,
+            lr=config.peak_lr,
             num_steps=self.num_steps,
             warmup_steps=warmup,
             warmup_from=config.warmup_from,
+            milestones=config.milestones,
         )
         with torch.random.fork_rng(devices=[]), _threads(config.threads):
             torch.manual_seed(config.seed)
-            model = models.get(config.model, self.dataset.input_shape, self.dataset.num_classes)
+            model = inputs.make_model(config, self.dataset)
             graph = topology.get(config.topology, config.workers)
             if has_peers():
                 _check_process(config)
@@ -407,12 +411,11 @@ class Training:
 
     def _step(self) -> None:
         lr = self._schedule.at(self.step)
-        batches = self._batches.at(self.step)
         if isinstance(self._sim, ProcessWorker):
-            x, y = (part[self._sim.worker] for part in batches)
+            x, y = self._batches.at(self.step, self._sim.worker)
             self._own_losses.append(self._sim.step(functional.cross_entropy, x, y, lr))
         else:
-            self._count_losses(self._sim.step(functional.cross_entropy, batches, lr=lr))
+            self._count_losses(self._sim.step(functional.cross_entropy, self._batches.at(self.step), lr=lr))
         self.step += 1
 
     def _count_losses(self, losses: Tensor) -> None:
@@ -506,7 +509,8 @@ class Training:
     def _write_outcome(self, folder: RunFolder, result: Result) -> None:
         title = (
             f"{self.config.algorithm} on {self.config.data}, {self.config.topology} of {self.config.workers}, "
-            f"{_describe_partition(self.config)}, {self.config.model}, lr {self.config.lr:g}, seed {self.config.seed}"
+            f"{inputs.describe_partition(self.config)}, {self.config.model}, lr {self.config.lr:g}, "
+            f"seed {self.config.seed}"
         )
         chance = 1 / self.dataset.num_classes
         runfolder.write_atomically(
@@ -636,7 +640,7 @@ class Training:
             "tensorboard": self._tensorboard,
             "process_per_worker": isinstance(self._sim, ProcessWorker),
             "num_steps": self.num_steps,
-            "data_digest": _digest(self.dataset),
+            "data_digest": self.dataset.digest(),
             "partition_digest": self.partition.digest(),
         }
 
@@ -679,31 +683,6 @@ def _check_process(config: TrainConfig) -> None:
         raise ValueError(
             f"engine must be 'loop' or 'threads' where each worker has a process of its own, got {config.engine!r}"
         )
-
-
-def _partition(config: TrainConfig, dataset: data.Dataset, kept: npt.NDArray[np.int64]) -> data.Partition:
-    """The split of the samples ``kept``, in positions of the whole training set."""
-    labels = dataset.train_y.numpy()[kept]
-    if config.partition == "dirichlet":
-        split = data.dirichlet_partition(labels, config.workers, config.alpha, config.seed)
-    elif config.partition == "iid":
-        split = data.iid_partition(labels, config.workers, config.seed)
-    else:
-        split = data.sorted_partition(labels, config.workers)
-    return split.within(kept)
-
-
-def _describe_partition(config: TrainConfig) -> str:
-    return f"alpha {config.alpha:g}" if config.partition == "dirichlet" else config.partition
-
-
-def _digest(dataset: data.Dataset) -> str:
-    """SHA-256 of training and test set, so that a resumed run notices other data."""
-    sha = hashlib.sha256()
-    for tensor in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
-        sha.update(str(tuple(tensor.shape)).encode())
-        sha.update(tensor.contiguous().numpy().data)
-    return sha.hexdigest()
 
 
 def _config_digest(config: TrainConfig) -> str:

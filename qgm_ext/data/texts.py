@@ -59,7 +59,7 @@ class HashTokenizer:
 
     Example:
         >>> HashTokenizer(1000).encode(["The ring, the ring!", ""], 6)
-        tensor([[  1, 158, 735, 918, 158, 735],
+        tensor([[  1, 498, 566, 832, 498, 566],
                 [  1,   0,   0,   0,   0,   0]])
     """
 

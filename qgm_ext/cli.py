@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 import torch
 
 import qgm_ext
-from qgm_ext import algorithms, cli_compare, cli_plan, models
+from qgm_ext import algorithms, cli_compare, cli_plan, messages, models
 from qgm_ext import data as datasets
 from qgm_ext import topology as topologies
 from qgm_ext.cli_support import (
@@ -139,6 +139,9 @@ def train(
     clip: Annotated[float | None, option(_HOW, "Clip each worker's gradient to this norm.", "off")] = None,
     on_nonfinite: Annotated[
         str | None, option(_HOW, f"Infinite or NaN gradient: {', '.join(configs.ON_NONFINITE)}.", "raise")
+    ] = None,
+    message: Annotated[
+        str | None, option(_HOW, f"Messages to neighbours: {', '.join(messages.NAMES)}.", "float32")
     ] = None,
     epochs: Annotated[int | None, option(_LENGTH, "Length in epochs.", "100")] = None,
     steps: Annotated[int | None, option(_LENGTH, "Length in steps, instead of epochs.")] = None,

@@ -348,6 +348,7 @@ def make_optimizer(
     model: nn.Module,
     layout: FlatLayout,
     on_nonfinite: OnNonfinite,
+    message: str,
     **hyper: Any,
 ) -> StackedOptimizer:
     """The optimizer for n models: a CrossOptimizer if the algorithm needs them, else a StackedOptimizer.
@@ -357,7 +358,8 @@ def make_optimizer(
     """
     if isinstance(algorithm, str):
         algorithm, hyper = algorithms.get(algorithm, **hyper), {}
+    cls: type[StackedOptimizer] = StackedOptimizer
     if isinstance(algorithm, CrossGradientAlgorithm):
         algorithm.check_model(model)
-        return CrossOptimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
-    return StackedOptimizer(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, **hyper)
+        cls = CrossOptimizer
+    return cls(x, topology, algorithm, layout=layout, on_nonfinite=on_nonfinite, message=message, **hyper)

@@ -50,6 +50,7 @@ class Simulator:
         clip_grad_norm: if given, each worker's gradient is scaled to at most this 2-norm before the step, by
             min(1, clip_grad_norm / (norm + 1e-6)) as :func:`torch.nn.utils.clip_grad_norm_` does.
         on_nonfinite: as in :class:`StackedOptimizer`; a step that is left out leaves buffers as they were, too.
+        message: as in :class:`StackedOptimizer`: "float32", "bfloat16" or "int8".
         cuda_graph: replay steps as CUDA graphs instead of launching their kernels one by one, which takes longer than
             running them where models are small. For models on a CUDA device. The bits are those of a step that is not
             replayed, of batches in memory of their own (a library may sum unaligned ones otherwise). The first 3 steps
@@ -98,6 +99,7 @@ class Simulator:
         engine: EngineChoice = "loop",
         clip_grad_norm: float | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        message: str = "float32",
         cuda_graph: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -123,7 +125,9 @@ class Simulator:
         stacked = layout.views(x)
         for parameter, view in zip(trainable.values(), stacked, strict=True):
             view.copy_(parameter.detach())
-        self.opt = make_optimizer(x, topology, algorithm, model=base, layout=layout, on_nonfinite=on_nonfinite, **hyper)
+        self.opt = make_optimizer(
+            x, topology, algorithm, model=base, layout=layout, on_nonfinite=on_nonfinite, message=message, **hyper
+        )
         if cuda_graph and isinstance(self.opt, CrossOptimizer):
             raise ValueError(
                 f"cuda_graph=True can't replay {self.opt.algorithm.name}, which takes several gradients a step"

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from qgm_ext import algorithms, ops
+from qgm_ext import algorithms, messages, ops
 from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, check_number
 from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.flat import FlatLayout, padded
@@ -77,6 +77,9 @@ class StackedOptimizer:
             and raises. The last two read the gradient once more, and wait for the device.
         layout: where single parameters lie in a row: compressors then take each for itself, and gaps are not sent.
             (Default: a row is one parameter.)
+        message: how messages to neighbours are written (:mod:`qgm_ext.messages`): "float32", which is as they are (also
+            float64), or "bfloat16" or "int8" with error feedback. The step is then not one fused pass, but what a
+            process for each worker does.
         **hyper: hyper-parameters of the algorithm, if it is given by name: lr, momentum, ...
 
     Attributes:
@@ -107,6 +110,7 @@ class StackedOptimizer:
         *,
         on_nonfinite: OnNonfinite = "ignore",
         layout: FlatLayout | None = None,
+        message: str = "float32",
         **hyper: Any,
     ) -> None:
         if not isinstance(x, Tensor):
@@ -153,6 +157,9 @@ class StackedOptimizer:
             for name in algorithm.state_names
         }
         algorithm.start_state(topology, self.x, self._state)
+        self._message, self._written = message, messages.make(message, [algorithm])
+        for name in () if self._written is None else messages.memory_names(algorithm):
+            self._state[name] = torch.zeros(n, padded(dim), dtype=compute, device=x.device)[:, :dim]
         self._scalars = algorithm.initial_scalars(n)
         self._reads_between_passes = False
 
@@ -202,14 +209,14 @@ class StackedOptimizer:
 
         Returns:
             None if that is not known in advance: the algorithm looks at parameters, gradients or state between its
-            passes, or the gradients are to be checked first (on_nonfinite).
+            passes, or the gradients are to be checked first (on_nonfinite), or messages are rounded.
 
         Raises:
             ValueError: if lr does not fit.
         """
         eta = self.lr if lr is None else lr
         check_number("lr", eta, low=0.0)
-        if self.on_nonfinite != "ignore" or self._reads_between_passes:
+        if self.on_nonfinite != "ignore" or self._reads_between_passes or self._written is not None:
             return None
         step = self._step_with(self.x, self.x, self._state, eta)
         parts = plan_ahead(self.algorithm, step)
@@ -269,20 +276,33 @@ class StackedOptimizer:
             tensors = part.trees.tensors(self.x.device)
             ops.relay_step_(self.x, g, state, self._state[part.messages], tensors, counts, part.rule, part.hyper)
             return
-        mixing = part.mixing.tensors(self.x.device, compute)
         numbers = (part.row_scalars, part.block_sums)
+        if self._rounds(part) and self._written is not None:
+            errors = messages.memories(self._state)
+            messages.rounded_gossip_step_(
+                self.x, g, state, errors, part.mixing, self._written, part.rule, part.hyper, *numbers
+            )
+            return
+        mixing = part.mixing.tensors(self.x.device, compute)
         ops.gossip_step_(self.x, g, state, mixing, part.mixing.form, part.rule, part.hyper, *numbers)
 
     def _bytes_of(self, part: Pass | RelayPass) -> int:
         """What all workers together send for one pass."""
-        vector = self._num_sent * ops.compute_dtype(self.x.dtype).itemsize
+        compute = ops.compute_dtype(self.x.dtype)
+        vector = self._num_sent * compute.itemsize
         if isinstance(part, RelayPass):
             return self._state[part.messages].shape[0] * vector
         # An all-reduce moves 2 (n - 1) / n vectors for each worker.
         links = 2 * (len(self.x) - 1) if part.exact_mean else part.mixing.num_links
         if part.message_bytes is not None:
             return links * part.message_bytes
+        if self._rounds(part) and self._written is not None:
+            vector = sum(self._written.message_bytes(length, compute.itemsize) for _, length in self._segments)
         return links * vector * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
+
+    def _rounds(self, part: Pass) -> bool:
+        """Whether the messages of a pass are rounded."""
+        return self._written is not None and part.mixing.num_links > 0 and not part.exact_mean
 
     @property
     def _num_sent(self) -> int:
@@ -309,6 +329,7 @@ class StackedOptimizer:
         """Everything a resumed run needs besides x: algorithm, step number, lr and the state vectors (not copied)."""
         return {
             "algorithm": self.algorithm.describe(),
+            "message": self._message,
             "num_steps": self.num_steps,
             "skipped_steps": self.skipped_steps,
             "lr": self.lr,
@@ -334,6 +355,8 @@ class StackedOptimizer:
                 "state_dict is of another algorithm: "
                 + ", ".join(f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} here" for key in differing)
             )
+        if state_dict["message"] != self._message:
+            raise ValueError(f"state_dict is of messages in {state_dict['message']}, but here they are {self._message}")
         state = state_dict["state"]
         if state.keys() != self._state.keys():
             raise ValueError(f"state_dict must hold the state vectors {sorted(self._state)}, got {sorted(state)}")

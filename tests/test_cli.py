@@ -113,7 +113,7 @@ def test_train_takes_every_option(tmp_path):
         "--schedule cosine --warmup-epochs 0.5 --warmup-from 0.01 --momentum 0.8 --qg-momentum 0.7 "
         "--weight-decay 1e-4 --hyper local_step=2 --clip 1 --seed 3 --dtype float64 --device cpu --engine loop "
         "--eval-every 1 --partition dirichlet --on-nonfinite skip --checkpoint-seconds 0 --validation 0.1 "
-        "--augment crop_flip --classes-per-worker 3 --base-batch 32 --milestones 0.2 --milestones 0.9"
+        "--augment crop_flip --classes-per-worker 3 --base-batch 32 --milestones 0.2 --milestones 0.9 --message int8"
     )
     code, output = qgm("train", *SMALL, *words.split(), "--out", tmp_path, "--data-root", tmp_path)
     assert code == 0, output
@@ -150,6 +150,7 @@ def test_train_takes_every_option(tmp_path):
         "threads": 1,
         "eval_every": 1,
         "on_nonfinite": "skip",
+        "message": "int8",
     }
 
 

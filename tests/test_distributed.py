@@ -67,6 +67,10 @@ def cases(n: int) -> list[tuple[Any, ...]]:
     found.append(("qg_dadam", "ring", n, torch.float32, {"variant": "v1"}, 25.0))
     found.append(("relaysgd", "chain", n, torch.float32, {"fill": "current", "momentum": 0.0}, 25.0))
     found.append(("momentum_tracking", "ring", n, torch.float32, {"init": "zero"}, 25.0))
+    for k, name in enumerate(name for name in names if algorithms.get_class(name).rounding_obstacle is None):
+        graph = "random_directed" if name in PUSH_SUM else graphs[(k + 2 * n) % len(graphs)]
+        message = ("bfloat16", "int8")[(k + n) % 2]
+        found.append((name, graph, n, dtypes[(k + n) % len(dtypes)], {"message": message}, 25.0 if k % 2 else 3e-4))
     return found
 
 

@@ -63,6 +63,8 @@ def cases(n: int) -> list[dict[str, Any]]:
         {**common, "algorithm": "sgp", "topology": "random_directed", "dtype": "bfloat16", "lr": 0.01},
         {**common, "algorithm": "csgdm", "model": "cnn"},
         {**common, "algorithm": "choco_sgd", "hyper": {"compressor": "qsgd"}},
+        {**common, "message": "int8", "topology": "complete"},
+        {**common, "algorithm": "damsgrad", "message": "bfloat16", "lr": 0.01},
     ]
 
 

@@ -159,6 +159,7 @@ class Algorithm:
             :class:`qgm_ext.algorithms.cross_gradient.CrossGradientAlgorithm`.
         needs: what it asks of the topology, in words, for tables.
         any_columns: whether a mixing matrix may be column-stochastic only, as push-sum takes it.
+        rounding_obstacle: why its messages can't be rounded (:mod:`qgm_ext.messages`); None if they can.
 
     Raises:
         ValueError: if a hyper-parameter is outside its range, not finite, or not a number.
@@ -170,6 +171,7 @@ class Algorithm:
     needs_simulator: ClassVar[bool] = False
     needs: ClassVar[str] = "doubly stochastic"
     any_columns: ClassVar[bool] = False
+    rounding_obstacle: ClassVar[str | None] = None
 
     lr: float
     weight_decay: float = 0.0

@@ -43,6 +43,7 @@ class Csgd(Algorithm):
     name: ClassVar[str] = "csgd"
     source: ClassVar[str] = "SGD with all-reduce"
     needs: ClassVar[str] = "none: exact mean"
+    rounding_obstacle: ClassVar[str | None] = "it averages exactly"
     any_columns: ClassVar[bool] = True
 
     @property
@@ -84,6 +85,7 @@ class Csgdm(MomentumAlgorithm):
     name: ClassVar[str] = "csgdm"
     source: ClassVar[str] = "SGD with all-reduce"
     needs: ClassVar[str] = "none: exact mean"
+    rounding_obstacle: ClassVar[str | None] = "it averages exactly"
     any_columns: ClassVar[bool] = True
 
     @property
@@ -148,6 +150,7 @@ class Cadam(AdamAlgorithm):
     name: ClassVar[str] = "cadam"
     source: ClassVar[str] = "Kingma, Ba 2015, with all-reduce"
     needs: ClassVar[str] = "none: exact mean"
+    rounding_obstacle: ClassVar[str | None] = "it averages exactly"
     any_columns: ClassVar[bool] = True
 
     @property

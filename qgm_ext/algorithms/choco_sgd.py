@@ -64,6 +64,7 @@ class ChocoSgd(MomentumAlgorithm):
     name: ClassVar[str] = "choco_sgd"
     source: ClassVar[str] = "Koloskova et al. 2019, arXiv 1902.00340"
     needs: ClassVar[str] = "symmetric, static"
+    rounding_obstacle: ClassVar[str | None] = "it compresses them itself"
 
     momentum: float = 0.0
     nesterov: bool = False

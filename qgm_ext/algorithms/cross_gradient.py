@@ -34,6 +34,7 @@ class CrossGradientAlgorithm(Algorithm):
     """
 
     needs_simulator: ClassVar[bool] = True
+    rounding_obstacle: ClassVar[str | None] = "methods of the Simulator alone send theirs as they are"
 
     momentum: float = 0.9
     nesterov: bool = False

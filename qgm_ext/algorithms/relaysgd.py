@@ -63,6 +63,7 @@ class RelaySgd(MomentumAlgorithm):
     name: ClassVar[str] = "relaysgd"
     source: ClassVar[str] = "Vogels et al. 2021, arXiv 2110.04175"
     needs: ClassVar[str] = "tree"
+    rounding_obstacle: ClassVar[str | None] = "relayed sums are sent as they are"
 
     momentum: float = 0.9
     nesterov: bool = True
@@ -157,6 +158,7 @@ class RelaySgdGrad(MomentumAlgorithm):
     name: ClassVar[str] = "relaysgd_grad"
     source: ClassVar[str] = "Vogels et al. 2021, arXiv 2110.04175"
     needs: ClassVar[str] = "tree"
+    rounding_obstacle: ClassVar[str | None] = "relayed sums are sent as they are"
 
     nesterov: bool = True
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qgm_ext import graphs, ops
+from qgm_ext import graphs, messages, ops
 from qgm_ext import topology as topologies
 from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, identity_mixing
 from qgm_ext.algorithms.planning import plan_ahead
@@ -27,6 +27,7 @@ from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
 from qgm_ext.distributed.gossip import GossipPlan, GossipRound, blocks_of
 from qgm_ext.flat import ALIGNMENT
+from qgm_ext.messages import MessageFormat
 from qgm_ext.mixing import Mixing
 from qgm_ext.topology import Topology
 
@@ -98,17 +99,26 @@ class WorkerEngine:
         exchange: how messages travel; None for a worker without others.
         bucket_bytes: vectors are cut into buckets of at most this size, but of 64 elements at least (4096 where a rule
             sums squares by blocks).
+        written: how messages to neighbours are written, if not as they are.
 
     Attributes:
         bytes_sent, bytes_received: of this worker so far, as the algorithms count them
             (:class:`qgm_ext.distributed.communication.Communication`).
     """
 
-    def __init__(self, topology: Topology, worker: int, exchange: Exchange | None, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        worker: int,
+        exchange: Exchange | None,
+        bucket_bytes: int,
+        written: MessageFormat | None = None,
+    ) -> None:
         self.topology = topology
         self.worker = worker
         self.exchange = exchange
         self._bucket_bytes = bucket_bytes
+        self._written = written
         self._plans: OrderedDict[int, tuple[Mixing, GossipPlan]] = OrderedDict()
         self._messages: dict[tuple[object, ...], Message] = {}
         self._rounds: OrderedDict[tuple[object, ...], tuple[Vectors, GossipPlan, GossipRound]] = OrderedDict()
@@ -199,6 +209,8 @@ class WorkerEngine:
                 range(place.first_bucket, place.first_bucket + len(buckets)),
                 lambda size, bucket, slot: self._message(device, size, bucket, slot),
                 self.exchange,
+                self._written,
+                [memory[0] for memory in messages.memories(vectors.state)],
             )
             known = self._rounds[key] = (vectors, plan, made)
             if len(self._rounds) > _KEPT_PLANS:
@@ -295,6 +307,9 @@ class WorkerEngine:
                 sent = received = vector * (numbers + (n - 2) * own) if n > 1 else 0
             else:
                 size = numbers * vector if part.message_bytes is None else part.message_bytes
+                if self._written is not None:
+                    each = sum(self._written.message_bytes(length, itemsize) for _, length in segments)
+                    size = each * (vector // itemsize)
                 plan = self._plan(part.mixing)
                 sent, received = len(plan.receivers) * size, len(plan.senders) * size
         self.bytes_sent += sent

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from qgm_ext import ops
 from qgm_ext.distributed.exchange import Batch, Exchange, Message, Pending, Stamp
+from qgm_ext.messages import MessageFormat
 
 __all__ = ["GossipPlan", "GossipRound", "blocks_of"]
 
@@ -38,8 +40,18 @@ class _Bucket(NamedTuple):
     g: Tensor
     state: list[Tensor]
     mine: list[Tensor]  # the messages of this worker
-    received: list[Tensor]  # of all terms, message by message
+    received: list[Tensor]  # of all terms, message by message; if they are rounded, each with what the own one lost
     batch: Batch
+    rounded: _Rounded | None
+
+
+class _Rounded(NamedTuple):
+    """Of messages that are rounded on their way, each with its place: what belongs to them besides."""
+
+    errors: list[Tensor]
+    packed: list[Tensor]
+    lost: list[Tensor]
+    incoming: list[tuple[Tensor, Tensor]]  # (as bytes, as numbers)
 
 
 class GossipRound:
@@ -54,6 +66,8 @@ class GossipRound:
         numbers: of the buckets, distinct among all that are under way at the same time.
         message: gives the buffer for messages of so many bytes of a bucket, by number, and a slot.
         exchange: how messages travel.
+        written: how messages are written, if not as they are.
+        errors: their error memories then, each [D].
 
     Attributes:
         places: the buckets.
@@ -71,26 +85,49 @@ class GossipRound:
         numbers: Sequence[int],
         message: Callable[[int, int, int], Message],
         exchange: Exchange,
+        written: MessageFormat | None = None,
+        errors: Sequence[Tensor] = (),
     ) -> None:
         self.places = places
         self._rule, self._plan, self._exchange, self._numbers = rule, plan, exchange, numbers
+        self._written = written
+        # What the own messages lost by rounding counts in full.
+        self._weights = plan.weights if written is None else [*plan.weights, 1.0]
         self._buckets: list[_Bucket] = []
         compute = ops.compute_dtype(x.dtype)
         count = ops.rules("cuda" if x.is_cuda else "cpu")[rule].messages
         for place, number in zip(places, numbers, strict=True):
-            size = count * (place.stop - place.start) * compute.itemsize
+            width = place.stop - place.start
+            size = count * (width * compute.itemsize if written is None else written.nbytes(width, compute))
             outgoing = message(size, number, -1)
             incoming = {peer: message(size, number, k) for k, peer in enumerate(plan.senders)}
-            vectors = {peer: one.vectors(count, compute) for peer, one in incoming.items()}
-            vectors[worker] = outgoing.vectors(count, compute)
+            ends: list[list[Tensor]] = [[] for _ in range(count)]
+            rounded = None
+            if written is None:
+                vectors = {peer: one.vectors(count, compute) for peer, one in incoming.items()}
+                vectors[worker] = outgoing.vectors(count, compute)
+            else:
+                vectors = {peer: list(x.new_empty(count, width, dtype=compute)) for peer in (*incoming, worker)}
+                rounded = _Rounded(
+                    [error[place] for error in errors],
+                    outgoing.vectors(count, torch.uint8),
+                    list(x.new_empty(count, width, dtype=compute)),
+                    [
+                        pair
+                        for peer, one in incoming.items()
+                        for pair in zip(one.vectors(count, torch.uint8), vectors[peer], strict=True)
+                    ],
+                )
+                ends = [[lost] for lost in rounded.lost]
             self._buckets.append(
                 _Bucket(
                     x[place],
                     g[place],
                     [vector[place] for vector in state],
                     vectors[worker],
-                    [vectors[peer][k] for k in range(count) for peer in plan.terms],
+                    [one for k in range(count) for one in (*(vectors[peer][k] for peer in plan.terms), *ends[k])],
                     exchange.batch([(peer, outgoing) for peer in plan.receivers], list(incoming.items()), number),
+                    rounded,
                 )
             )
         self._sent: dict[int, list[Pending]] = {}
@@ -108,6 +145,10 @@ class GossipRound:
         """Make the messages of a bucket, by its place in ``places``, and start their exchange."""
         part = self._buckets[bucket]
         ops.local_step_(part.x, part.g, part.state, part.mine, self._rule, self._hyper, self._row)
+        if part.rounded is not None and self._written is not None:
+            errors, packed, lost, _ = part.rounded
+            for k, message in enumerate(part.mine):
+                self._written.send(message, errors[k], packed[k], lost[k])
         stamp = Stamp(self._step, self._part, self._numbers[bucket])
         self._sent[bucket] = self._exchange.start(part.batch, stamp)
 
@@ -120,8 +161,12 @@ class GossipRound:
         for bucket, pending in self._sent.items():
             self._exchange.wait([one for one in pending if one.incoming])
             outgoing += [one for one in pending if not one.incoming]
-            x, g, state, _, received, _ = self._buckets[bucket]
+            x, g, state, _, received, _, rounded = self._buckets[bucket]
+            if rounded is not None and self._written is not None:
+                for packed, vector in rounded.incoming:
+                    self._written.read(packed, vector)
             sums = None if self._sums is None else self._sums[blocks_of(self.places[bucket])]
-            ops.merge_(x, g, state, received, plan.weights, plan.mean, self._rule, self._hyper, self._row, sums)
+            mean = plan.mean and rounded is None
+            ops.merge_(x, g, state, received, self._weights, mean, self._rule, self._hyper, self._row, sums)
         self._exchange.wait(outgoing)  # the buffers are written again in the next pass
         self._sent = {}

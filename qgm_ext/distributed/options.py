@@ -9,6 +9,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from qgm_ext import messages
+
 __all__ = ["RuntimeArguments", "RuntimeOptions", "options_from"]
 
 
@@ -21,6 +23,7 @@ class RuntimeArguments(TypedDict, total=False):
     clip_grad_norm: float | None
     gossip_every: int
     overlap: bool
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ class RuntimeOptions:
         overlap: a bucket is stepped and sent during backward, as soon as all its gradients are there; step() merges.
             Bits are the same; what a program must not do then is in :mod:`qgm_ext.optim.overlap`. Small models need a
             small ``bucket_mb`` for it: a single bucket has its gradients only when backward is over.
+        message: how messages to neighbours are written: "float32", which is as they are, or "bfloat16" or "int8" with
+            error feedback (:mod:`qgm_ext.messages`). Exact means are sent as they are; algorithms that relay sums or
+            compress refuse.
 
     Raises:
         TypeError, ValueError: if a value does not fit.
@@ -51,6 +57,7 @@ class RuntimeOptions:
     clip_grad_norm: float | None = None
     gossip_every: int = 1
     overlap: bool = False
+    message: str = "float32"
 
     def __post_init__(self) -> None:
         _check_positive("timeout", self.timeout)
@@ -60,6 +67,7 @@ class RuntimeOptions:
         for name in ("broadcast_parameters", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        messages.make(self.message, [])
         every = self.gossip_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"gossip_every must be an integer of at least 1, got {every!r}")

@@ -38,7 +38,7 @@ class ProcessWorker:
         model: with trainable parameters of one dtype on the CPU; trained in place, from the values on rank 0.
         topology: of as many workers as there are processes.
         algorithm: a name from :func:`qgm_ext.algorithms.names`.
-        clip_grad_norm, on_nonfinite: as in :class:`qgm_ext.Simulator`.
+        clip_grad_norm, on_nonfinite, message: as in :class:`qgm_ext.Simulator`.
         **hyper: hyper-parameters of the algorithm.
 
     Attributes:
@@ -58,6 +58,7 @@ class ProcessWorker:
         *,
         clip_grad_norm: float | None = None,
         on_nonfinite: OnNonfinite = "ignore",
+        message: str = "float32",
         **hyper: Any,
     ) -> None:
         self.model = model
@@ -69,6 +70,7 @@ class ProcessWorker:
             topology=topology,
             clip_grad_norm=clip_grad_norm,
             on_nonfinite=on_nonfinite,
+            message=message,
             **hyper,
         )
         self.worker, self.num_workers = self.opt.worker, self.opt.num_workers

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qgm_ext import algorithms, data, models, topology
+from qgm_ext import algorithms, data, messages, models, topology
 from qgm_ext.algorithms import check_number
 from qgm_ext.data import augment as augmentation
 from qgm_ext.experiments import schedules
@@ -84,6 +84,8 @@ class TrainConfig:
         threads: CPU threads. (Default: as torch has it.)
         eval_every: epochs between evaluations, >= 1. (Default: about 20 evaluations in a run.)
         on_nonfinite: "raise", "skip" or "ignore" a gradient with an infinity or NaN.
+        message: how messages to neighbours are written (:mod:`qgm_ext.messages`): "float32", which is as they are, or
+            "bfloat16" or "int8" with error feedback.
 
     Raises:
         TypeError, ValueError: if a field is wrong; it is named with what was expected and what came.
@@ -125,6 +127,7 @@ class TrainConfig:
     threads: int = _LATER
     eval_every: int = _LATER
     on_nonfinite: OnNonfinite = "raise"
+    message: str = "float32"
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -179,6 +182,7 @@ class TrainConfig:
             ("dtype", tuple(DTYPES)),
             ("engine", ENGINES),
             ("on_nonfinite", ON_NONFINITE),
+            ("message", messages.NAMES),
         ):
             value = getattr(self, name)
             if name == "topology":
@@ -191,7 +195,9 @@ class TrainConfig:
         """The algorithm's hyper-parameters with its defaults filled in, so that a later default can't change a run."""
         if "lr" in self.hyper:
             raise ValueError("lr is an argument of its own, not one of hyper")
-        complete = algorithms.get(self.algorithm, lr=self.lr, **self.hyper).describe()
+        algorithm = algorithms.get(self.algorithm, lr=self.lr, **self.hyper)
+        messages.make(self.message, [algorithm])
+        complete = algorithm.describe()
         return {key: value for key, value in complete.items() if key not in ("name", "lr")}
 
     def _fill(self, name: str, default: Any) -> None:

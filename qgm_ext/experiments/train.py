@@ -283,6 +283,7 @@ class Training:
                     config.algorithm,
                     clip_grad_norm=config.clip,
                     on_nonfinite=config.on_nonfinite,
+                    message=config.message,
                     lr=config.lr,
                     **config.hyper,
                 )
@@ -294,6 +295,7 @@ class Training:
                     engine=config.engine,
                     clip_grad_norm=config.clip,
                     on_nonfinite=config.on_nonfinite,
+                    message=config.message,
                     device=self._device,
                     dtype=dtype,
                     lr=config.lr,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import qgm_ext
-from qgm_ext import ops
+from qgm_ext import messages, ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.distributed.agreement import check_agreement, gather_json
 from qgm_ext.distributed.communication import Communication
@@ -64,7 +64,8 @@ class Peers:
         running = dist.is_available() and dist.is_initialized()
         self.exchange = Exchange(group, options.timeout) if running else None
         self.worker = self.exchange.rank if self.exchange is not None else 0
-        self._engine = WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes)
+        self._written = messages.make(options.message, [])
+        self._engine = WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes, self._written)
         self._number = 0
         self.last_communication = self._counted = Communication()
 
@@ -88,6 +89,8 @@ class Peers:
         for name in algorithm.state_names:
             relayed = algorithm.state_rows(name, self.topology) != self.num_workers or name == "relay_messages"
             names += relay_state_names(name, self.topology, self.worker) if relayed else [name]
+        if self._written is not None:
+            names += messages.memory_names(algorithm)
         return tuple(names)
 
     def start(self, fields: Mapping[str, Any], algorithms: Sequence[Algorithm], params: Sequence[Tensor]) -> None:
@@ -119,6 +122,7 @@ class Peers:
                 digests = gather_json(exchange.group, _digest(params), exchange.device)
                 # What algorithms ask of x is which rows are equal; the digests say that.
                 rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
+        messages.make(self.options.message, algorithms)
         for algorithm in algorithms:
             algorithm.check(self.topology, rows)
             if self.options.gossip_every > 1 and not algorithm.can_skip_gossip:

@@ -88,9 +88,11 @@ def _bare(topology: qgm.topology.Topology, dtype: torch.dtype) -> Callable[[nn.M
     return make
 
 
-def _quasi_global(topology: qgm.topology.Topology) -> Callable[[nn.Module, float], Trained]:
+def _quasi_global(topology: qgm.topology.Topology, message: str = "float32") -> Callable[[nn.Module, float], Trained]:
     def make(model: nn.Module, lr: float) -> Trained:
-        optimizer = qgm.optim.QGSGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, topology=topology)
+        optimizer = qgm.optim.QGSGD(
+            model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, topology=topology, message=message
+        )
 
         def step() -> None:
             optimizer.step()
@@ -110,6 +112,14 @@ METHODS: dict[str, tuple[str, Callable[[int], Callable[[nn.Module, float], Train
         "QG-DSGDm-N, one-peer exponential, float32",
         lambda n: _quasi_global(qgm.topology.one_peer_exponential(n)),
     ),
+    "one_peer_bf16": (
+        "QG-DSGDm-N, one-peer exponential, bfloat16",
+        lambda n: _quasi_global(qgm.topology.one_peer_exponential(n), "bfloat16"),
+    ),
+    "one_peer_int8": (
+        "QG-DSGDm-N, one-peer exponential, int8",
+        lambda n: _quasi_global(qgm.topology.one_peer_exponential(n), "int8"),
+    ),
     "bare_ring": ("bare exchange, ring, float32", lambda n: _bare(qgm.topology.ring(n), torch.float32)),
     "bare_one_peer": (
         "bare exchange, one-peer, float32",
@@ -121,4 +131,4 @@ METHODS: dict[str, tuple[str, Callable[[int], Callable[[nn.Module, float], Train
     ),
 }
 
-DEFAULT = ("ddp", "ring", "one_peer", "bare_one_peer", "bare_one_peer_bf16")
+DEFAULT = ("ddp", "ring", "one_peer", "one_peer_bf16", "one_peer_int8", "bare_one_peer")

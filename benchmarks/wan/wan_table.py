@@ -23,6 +23,8 @@ _PLANNED = {
     "ddp": (ALL_REDUCE, "float32"),
     "ring": ("ring", "float32"),
     "one_peer": ("one_peer_exponential", "float32"),
+    "one_peer_bf16": ("one_peer_exponential", "bfloat16"),
+    "one_peer_int8": ("one_peer_exponential", "int8"),
     "bare_ring": ("ring", "float32"),
     "bare_one_peer": ("one_peer_exponential", "float32"),
     "bare_one_peer_bf16": ("one_peer_exponential", "bfloat16"),

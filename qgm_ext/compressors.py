@@ -1,7 +1,7 @@
 """Compressors of messages: what a worker sends instead of a vector, and how many bytes that is.
 
 Holds seven compressors with one interface: top-k, random-k, QSGD, scaled sign, bfloat16, int8 and none. They map a
-vector to the vector that the receiver unpacks; nothing is packed here. Error feedback, and which vector is compressed,
+vector to the vector that the receiver unpacks, or pack it to be sent. Error feedback, and which vector is compressed,
 is the business of the algorithms that use them. The definitions are those of the authors' codes (epfml/ChocoSGD, copied
 in aparna-aketi/neighborhood_gradient_clustering), which apply them to each parameter tensor by itself.
 
@@ -68,6 +68,22 @@ class Compressor:
         """Bytes of the message for a vector of ``d`` numbers of ``itemsize`` bytes."""
         raise NotImplementedError
 
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The message itself.
+
+        Args:
+            values: [d], float32 or float64, on the CPU.
+            generator: if ``is_random``, the sender's.
+
+        Returns:
+            [message_bytes] uint8, of which :meth:`unpack` makes what a call makes of ``values``.
+        """
+        raise NotImplementedError
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        """Read a message of :meth:`pack` into [d], with a generator like the sender's if ``is_random``."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Identity(Compressor):
@@ -78,6 +94,12 @@ class Identity(Compressor):
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return d * itemsize
+
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return _bytes(values)
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        out.copy_(_numbers(packed, out.dtype))
 
 
 @dataclass(frozen=True)
@@ -112,6 +134,9 @@ class TopK(_Sparse):
     """
 
     def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        values.masked_fill_(~self._is_kept(values), 0.0)
+
+    def _is_kept(self, values: Tensor) -> Tensor:
         k = self.kept(values.shape[1])
         sizes = values.abs()
         smallest = sizes.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
@@ -119,10 +144,22 @@ class TopK(_Sparse):
         missing = k - kept.sum(dim=1, keepdim=True)
         if bool((ties.sum(dim=1, keepdim=True) > missing).any()):  # counting is slow, and ties are rare
             ties &= ties.cumsum(dim=1) <= missing
-        values.masked_fill_(~(kept | ties), 0.0)
+        return kept | ties
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return self.kept(d) * (itemsize + 4)  # a value and its 32-bit index
+
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        k = self.kept(len(values))
+        index = self._is_kept(values[None])[0].nonzero()[:, 0]
+        if len(index) != k:  # more, where there is NaN, which is the largest here
+            index = values.abs().topk(k).indices
+        return torch.cat([_bytes(values[index]), _bytes(index.to(torch.int32))])
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        end = self.kept(len(out)) * out.element_size()
+        index = _numbers(packed[end:], torch.int32).long().clamp_(0, max(0, len(out) - 1))
+        out.zero_()[index] = _numbers(packed[:end], out.dtype)
 
 
 @dataclass(frozen=True)
@@ -148,6 +185,21 @@ class RandomK(_Sparse):
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return self.kept(d) * itemsize + 8  # the values and the seed of the places
+
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        assert generator is not None
+        d = len(values)
+        kept = values[torch.randperm(d, generator=generator)[: self.kept(d)]]
+        seed = torch.tensor([generator.initial_seed()])
+        return torch.cat([_bytes(kept * (d / self.kept(d)) if self.unbiased else kept), _bytes(seed)])
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        assert generator is not None
+        if int(_numbers(packed[-8:], torch.int64)) != generator.initial_seed():
+            raise ValueError("a message of random_k has places drawn from another seed than was agreed on")
+        d = len(out)
+        index = torch.randperm(d, generator=generator)[: self.kept(d)]
+        out.zero_()[index] = _numbers(packed[:-8], out.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,20 +229,42 @@ class Qsgd(Compressor):
             raise ValueError(f"bits must be an integer from 1 to 16, got {self.bits!r}")
 
     def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        level, norms = self._levels(values, generators)
+        self._scale(values.sign_().mul_(level), norms)
+
+    def _levels(self, values: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """The level of each number, and the norms of the rows, [rows, 1]."""
         _check_generators(values, generators)
-        d = values.shape[1]
         levels = 2**self.bits - 1
         norms = values.norm(dim=1, keepdim=True)
-        per_level = norms / levels
-        scaled = torch.where(norms > 0, values.abs() / per_level, 0.0)
-        draws = torch.stack([torch.rand(d, generator=source, dtype=values.dtype) for source in generators])
+        scaled = torch.where(norms > 0, values.abs() / (norms / levels), 0.0)
+        draws = torch.stack([torch.rand(values.shape[1], generator=one, dtype=values.dtype) for one in generators])
         floor = scaled.floor()
-        level = floor + (draws.to(values.device) < scaled - floor)
+        return (floor + (draws.to(values.device) < scaled - floor)).clamp_(max=levels), norms
+
+    def _scale(self, signed: Tensor, norms: Tensor) -> None:
+        """Make numbers of signed levels, in place."""
+        d, levels = signed.shape[1], 2**self.bits - 1
         shrink = 1.0 if self.unbiased else 1.0 / (1.0 + min(d / levels**2, math.sqrt(d) / levels))
-        values.sign_().mul_(level).mul_(per_level).mul_(shrink)
+        signed.mul_(norms / levels).mul_(shrink)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return -(-d * (self.bits + 1) // 8) + itemsize  # signs and levels, and the norm
+
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        assert generator is not None
+        level, norms = self._levels(values[None], [generator])
+        codes = level[0].nan_to_num_(0.0).to(torch.int64) + (values < 0).to(torch.int64) * 2**self.bits
+        return torch.cat([_bytes(norms[0]), _pack_bits(codes, self.bits + 1)])
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        assert generator is not None
+        torch.rand(len(out), generator=generator, dtype=out.dtype)  # leaves the generator where the sender's is
+        norm = _numbers(packed[: out.element_size()], out.dtype)
+        codes = _unpack_bits(packed[out.element_size() :], self.bits + 1, len(out))
+        level, negative = codes % 2**self.bits, codes >= 2**self.bits
+        out.copy_(level).mul_(1.0 - 2.0 * negative.to(out.dtype))
+        self._scale(out[None], norm[None])
 
 
 @dataclass(frozen=True)
@@ -217,6 +291,16 @@ class ScaledSign(Compressor):
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return -(-d // 8) + itemsize  # one bit a number (zeros are rare) and the scale
 
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if self.sign_of_zero == 0:
+            raise ValueError("only signs with sign_of_zero=1 can be packed in one bit a number")
+        scale = values[None].abs().mean(dim=1)
+        return torch.cat([_bytes(scale), _pack_bits((values >= 0).to(torch.int64), 1)])
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        scale = _numbers(packed[: out.element_size()], out.dtype)
+        out.copy_(_unpack_bits(packed[out.element_size() :], 1, len(out))).mul_(2 * scale).sub_(scale)
+
 
 @dataclass(frozen=True)
 class BFloat16(Compressor):
@@ -227,6 +311,12 @@ class BFloat16(Compressor):
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return 2 * d
+
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return _bytes(values.to(torch.bfloat16))
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        out.copy_(_numbers(packed, torch.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -244,6 +334,15 @@ class Int8(Compressor):
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return d + itemsize  # a byte a number and the scale
+
+    def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        scale = values.abs().amax(dim=0, keepdim=True) / 127
+        levels = values / torch.where(scale > 0, scale, 1.0)
+        return torch.cat([_bytes(scale), _bytes(levels.round_().to(torch.int8))])
+
+    def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
+        end = out.element_size()
+        out.copy_(_numbers(packed[end:], torch.int8)).mul_(_numbers(packed[:end], out.dtype))
 
 
 NAMES: tuple[str, ...] = ("bfloat16", "int8", "none", "qsgd", "random_k", "sign", "top_k")
@@ -285,6 +384,26 @@ def generator(*key: int) -> torch.Generator:
     source = torch.Generator(device="cpu")
     source.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return source
+
+
+def _bytes(numbers: Tensor) -> Tensor:
+    return numbers.contiguous().view(-1).view(torch.uint8)
+
+
+def _numbers(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    return packed.clone().view(dtype)  # a slice of bytes may begin anywhere, numbers may not
+
+
+def _pack_bits(codes: Tensor, width: int) -> Tensor:
+    """Integers below 2^width as so many bits each, one after the other."""
+    octets = codes.numpy().astype(">u4").view(np.uint8).reshape(-1, 4)
+    return torch.from_numpy(np.packbits(np.unpackbits(octets, axis=1)[:, 32 - width :]))
+
+
+def _unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
+    bits = np.unpackbits(packed.numpy(), count=count * width).reshape(count, width)
+    octets = np.packbits(np.pad(bits, ((0, 0), (32 - width, 0))), axis=1)
+    return torch.from_numpy(octets.view(">u4")[:, 0].astype(np.int64))
 
 
 def _check_generators(values: Tensor, generators: Sequence[torch.Generator]) -> None:

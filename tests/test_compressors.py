@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qgm_ext import StackedOptimizer, algorithms, compressors, topology
-from qgm_ext.compressors import Identity, Qsgd, RandomK, ScaledSign, TopK
+from qgm_ext.compressors import BFloat16, Identity, Int8, Qsgd, RandomK, ScaledSign, TopK
 from qgm_ext.flat import FlatLayout
 
 F64 = torch.float64
@@ -116,6 +116,50 @@ def test_zero_stays_zero_and_the_argument_is_left_alone(name):
     assert out.dtype == values.dtype
     compressor.compress_(values, generators(3))
     assert torch.equal(values, out)
+
+
+PACKED = [
+    Identity(), TopK(0.7), RandomK(0.7), RandomK(0.5, unbiased=True), Qsgd(1), Qsgd(7), Qsgd(16),
+    Qsgd(4, unbiased=True), ScaledSign(1), BFloat16(), Int8(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("compressor", PACKED, ids=repr)
+def test_a_packed_message_has_its_bytes_and_unpacks_to_the_same_bits(compressor, dtype):
+    sender, receiver = (compressors.generator(5) for _ in range(2))
+    whole = compressors.generator(5)
+    for d in (1, 7, 64, 1001):  # one stream of numbers goes through all vectors
+        for values in (rows(d, 1).to(dtype), torch.zeros(1, d, dtype=dtype), rows(d, 1).to(dtype).round()):
+            expected = compressor(values, [whole] if compressor.is_random else [])
+            packed = compressor.pack(values[0], sender)
+            assert packed.dtype == torch.uint8
+            assert len(packed) == compressor.message_bytes(d, dtype.itemsize)
+            out = torch.full((d,), 7.0, dtype=dtype)
+            odd = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]  # bytes may begin anywhere
+            compressor.unpack(odd, out, receiver)
+            assert torch.equal(out, expected[0])
+
+
+@pytest.mark.parametrize("compressor", PACKED, ids=repr)
+def test_a_packed_message_does_not_hide_nan(compressor):
+    values = torch.ones(16)
+    values[3] = float("nan")
+    out = torch.empty(16)
+    seed = 0
+    while isinstance(compressor, RandomK) and 3 not in torch.randperm(16, generator=compressors.generator(seed))[:4]:
+        seed += 1
+    compressor.unpack(compressor.pack(values, compressors.generator(seed)), out, compressors.generator(seed))
+    assert out.isnan().any()
+
+
+def test_places_of_another_seed_are_refused_and_signs_with_zeros_are_not_packed():
+    with pytest.raises(ValueError, match="places drawn from another seed"):
+        RandomK(0.5).unpack(
+            RandomK(0.5).pack(torch.ones(4), compressors.generator(1)), torch.empty(4), compressors.generator(2)
+        )
+    with pytest.raises(ValueError, match="only signs with sign_of_zero=1 can be packed"):
+        ScaledSign(0).pack(torch.ones(4))
 
 
 @pytest.mark.parametrize("name", ["qsgd", "random_k"])

@@ -62,7 +62,7 @@ def cases(n: int) -> list[tuple[Any, ...]]:
             graph = "ring"
         hyper = {"local_step": 2} if name == "qg_dsgdm" else {}
         found.append((name, graph, n, dtypes[(k + n) % len(dtypes)], hyper, 25.0 if k % 2 else 3e-4))
-    for compressor in ("top_k", "random_k", "qsgd", "int8"):
+    for compressor in ("top_k", "random_k", "qsgd", "int8", "bfloat16", "none"):
         found.append(("choco_sgd", "ring", n, torch.float32, {"compressor": compressor, "momentum": 0.9}, 25.0))
     found.append(("qg_dadam", "ring", n, torch.float32, {"variant": "v1"}, 25.0))
     found.append(("relaysgd", "chain", n, torch.float32, {"fill": "current", "momentum": 0.0}, 25.0))

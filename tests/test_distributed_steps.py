@@ -198,6 +198,7 @@ def test_bytes_are_those_that_the_algorithm_counts(pool: ProcessPool, n: int) ->
         cases.append((name, graph, n, {}))
     cases.append(("dsgd", "one_peer_exponential", n, {}))
     cases.append(("choco_sgd", "chain", n, {"compressor": "int8"}))
+    cases += [("gradient_tracking", "ring", n, {"message": message}) for message in ("bfloat16", "int8")]
     results = pool.run(communicate, n, cases)
     layout = FlatLayout(SHAPES)
     for k, (name, graph, _, hyper) in enumerate(cases):
@@ -217,6 +218,40 @@ def test_bytes_are_those_that_the_algorithm_counts(pool: ProcessPool, n: int) ->
             assert sum(one.wire_bytes_sent for one in now) == sum(one.wire_bytes_received for one in now)
         total = [results[rank][k][2] for rank in range(n)]
         assert sum(one.bytes_sent for one in total) == opt.bytes_sent
+
+
+def compress(rank: int, compressors: list[str]) -> list[Communication]:
+    found = []
+    for compressor in compressors:
+        params = [nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(10))]
+        opt = Decentralized(params, "choco_sgd", lr=0.1, topology=topology.chain(3), compressor=compressor)
+        opt.step()
+        found.append(opt.communication)
+    return found
+
+
+def test_compressed_messages_are_no_longer_on_the_wire_than_counted(pool: ProcessPool) -> None:
+    """But for 64 bytes of header."""
+    sizes = {"sign": 13 + 4 + 2 + 4, "top_k": 9 * 8 + 8, "random_k": 9 * 4 + 8 + 4 + 8, "qsgd": 63 + 4 + 7 + 4}
+    for rank, found in enumerate(pool.run(compress, 3, list(sizes))):
+        links = 2 if rank == 1 else 1
+        for communication, size in zip(found, sizes.values(), strict=True):
+            assert communication.bytes_sent == links * size
+            assert communication.wire_bytes_sent == communication.wire_bytes_received == links * (size + 64)
+
+
+def rounded(rank: int, formats: list[str]) -> list[int]:
+    found = []
+    for message in formats:
+        opt = QGSGD([nn.Parameter(torch.ones(128))], lr=0.1, topology=topology.chain(2), message=message)
+        opt.step()
+        found.append(opt.communication.wire_bytes_sent)
+    return found
+
+
+def test_rounded_messages_are_short_on_the_wire(pool: ProcessPool) -> None:
+    for found in pool.run(rounded, 2, ["float32", "bfloat16", "int8"]):
+        assert found == [64 + 4 * 128, 64 + 2 * 128, 64 + 128 + 2 * 4]
 
 
 def count_exactly(rank: int) -> list[Communication]:

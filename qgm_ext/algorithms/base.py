@@ -12,7 +12,7 @@ import functools
 import importlib
 import math
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -31,6 +31,19 @@ StepResult = tuple[Tensor, State]
 
 
 @dataclass(frozen=True)
+class PackedMessage:
+    """A compressed message as it is sent.
+
+    Args:
+        data: [size] uint8, as many bytes as every other worker's.
+        unpack: called with such bytes, the number of the worker that sent them, and [D] to be written.
+    """
+
+    data: Tensor
+    unpack: Callable[[Tensor, int, Tensor], None]
+
+
+@dataclass(frozen=True)
 class Pass:
     """One fused pass over x, g and state: which rule, with what, mixed how.
 
@@ -45,6 +58,7 @@ class Pass:
         exact_mean: the messages are averaged over all workers by an all-reduce, whatever the topology; only the
             counting of bytes asks for it.
         message_bytes: bytes of all messages that a worker sends to one neighbour, if they are compressed.
+        packed: in a process that is one of the workers, its compressed message.
     """
 
     rule: str
@@ -55,6 +69,7 @@ class Pass:
     block_sums: Tensor | None = None
     exact_mean: bool = False
     message_bytes: int | None = None
+    packed: PackedMessage | None = None
 
 
 @dataclass(frozen=True)

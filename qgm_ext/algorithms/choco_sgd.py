@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from qgm_ext import compressors
 from qgm_ext.algorithms.base import (
     MomentumAlgorithm,
+    PackedMessage,
     Pass,
     RelayPass,
     State,
@@ -107,9 +109,18 @@ class ChocoSgd(MomentumAlgorithm):
         yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(step.num_workers))
         vector = step.state[message]
         compressor = self.make_compressor()
-        self.compress_(vector, step.number, step.segments, step.workers)
         size = sum(compressor.message_bytes(length, vector.element_size()) for _, length in step.segments)
-        yield Pass("choco_receive", [after], (known, mixed, message), step.mixing, message_bytes=size)
+        packed = None
+        if step.worker is None:
+            self.compress_(vector, step.number, step.segments)
+        else:
+            number, segments = step.number, step.segments
+            packed = PackedMessage(
+                self.pack(vector[0], number, segments, step.worker),
+                lambda data, worker, out: self.unpack(data, out, number, segments, worker),
+            )
+            packed.unpack(packed.data, step.worker, vector[0])
+        yield Pass("choco_receive", [after], (known, mixed, message), step.mixing, message_bytes=size, packed=packed)
 
     def make_compressor(self) -> compressors.Compressor:
         """Build the compressor; its sign of 0 is +1, as in ChocoSGD's code."""
@@ -126,22 +137,36 @@ class ChocoSgd(MomentumAlgorithm):
         vectors: Tensor,
         step: int,
         segments: Sequence[tuple[int, int]] | None = None,
-        workers: Sequence[int] | None = None,
     ) -> None:
-        """Compress in place what each worker sends in a step, [rows, D], each segment for itself.
+        """Compress in place what each worker sends in a step, [n, D], each segment for itself.
 
-        Draws depend on seed, step and worker, which is the number of the row if ``workers`` does not say so. What lies
-        between segments stays.
+        Draws depend on seed, step and worker. What lies between segments stays.
         """
         compressor = self.make_compressor()
-        rows = range(len(vectors)) if workers is None else workers
-        sources = [compressors.generator(self.seed, step, i) for i in (rows if compressor.is_random else ())]
+        rows = range(len(vectors)) if compressor.is_random else ()
+        sources = [compressors.generator(self.seed, step, i) for i in rows]
         for first, length in segments or [(0, vectors.shape[1])]:
             # As many rows at a time as keep a compressor's intermediate results in the cache.
             count = max(1, _CACHED // max(1, length))
             for row in range(0, len(vectors), count):
                 part = vectors[row : row + count, first : first + length]
                 compressor.compress_(part, sources[row : row + count])
+
+    def pack(self, vector: Tensor, step: int, segments: Sequence[tuple[int, int]], worker: int) -> Tensor:
+        """What one worker sends in a step, [D], as bytes; :meth:`unpack` makes of them what :meth:`compress_` makes."""
+        compressor, source = self.make_compressor(), compressors.generator(self.seed, step, worker)
+        vector = vector.cpu()
+        return torch.cat([compressor.pack(vector[first : first + length], source) for first, length in segments])
+
+    def unpack(self, packed: Tensor, out: Tensor, step: int, segments: Sequence[tuple[int, int]], worker: int) -> None:
+        """Read what ``worker`` sent into [D]; what lies between segments stays."""
+        compressor, source, begin = self.make_compressor(), compressors.generator(self.seed, step, worker), 0
+        packed, row = packed.cpu(), out.cpu()
+        for first, length in segments:
+            size = compressor.message_bytes(length, row.element_size())
+            compressor.unpack(packed[begin : begin + size], row[first : first + length], source)
+            begin += size
+        out.copy_(row)
 
     def reference_step(self, x: Tensor, g: Tensor, state: State, w: Tensor, step: int, lr: float) -> StepResult:
         m = self.momentum * state["momentum_buffer"] + g + self.weight_decay * x

@@ -21,8 +21,7 @@ class Communication:
     Args:
         bytes_sent, bytes_received: as the algorithm counts them: the numbers of the parameters, compressed where the
             algorithm compresses. Over all workers, what :class:`qgm_ext.StackedOptimizer` calls ``bytes_sent``.
-        wire_bytes_sent, wire_bytes_received: of what travelled: with headers and the gaps between parameters, and
-            compressed vectors unpacked, as they are sent so far.
+        wire_bytes_sent, wire_bytes_received: of what travelled: with headers and the gaps between parameters.
         seconds: that the worker waited for messages.
     """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qgm_ext import graphs, messages, ops
 from qgm_ext import topology as topologies
-from qgm_ext.algorithms import Algorithm, Pass, RelayPass, Step, identity_mixing
+from qgm_ext.algorithms import Algorithm, PackedMessage, Pass, RelayPass, Step, identity_mixing
 from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
@@ -177,6 +177,8 @@ class WorkerEngine:
             self._relay(part, vectors, place)
         elif part.exact_mean and self.topology.num_workers > 1:
             self._exact_mean(part, vectors, place)
+        elif part.packed is not None and self._plan(part.mixing).talks:
+            self._send_packed(part, part.packed, vectors, place)
         elif (found := self.round(part, vectors, place)) is not None:
             found.finish()
         else:
@@ -188,7 +190,7 @@ class WorkerEngine:
     def round(self, part: Pass, vectors: Vectors, place: Place) -> GossipRound | None:
         """The round of a pass, ready to be sent; None if this worker exchanges nothing in it."""
         plan = self._plan(part.mixing)
-        if not plan.senders and not plan.receivers:
+        if not plan.talks:
             return None
         if self.exchange is None:
             raise RuntimeError("a worker without others has nobody to send to")
@@ -219,6 +221,25 @@ class WorkerEngine:
         sums = None if part.block_sums is None else part.block_sums[0]
         known[2].begin(part.hyper, row, sums, place.step, place.part)
         return known[2]
+
+    def _send_packed(self, part: Pass, packed: PackedMessage, vectors: Vectors, at: Place) -> None:
+        """A pass whose one message is compressed, in one piece."""
+        plan, x, g = self._plan(part.mixing), vectors.x[0], vectors.g[0]
+        state = [vectors.state[name][0] for name in part.state]
+        mine = torch.empty(len(x), dtype=ops.compute_dtype(x.dtype), device=x.device)
+        ops.local_step_(x, g, state, [mine], part.rule, part.hyper, None)
+        size = packed.data.numel()
+        outgoing = self._message(x.device, size, at.first_bucket, -1)
+        outgoing.payload.copy_(packed.data)
+        incoming = {peer: self._message(x.device, size, at.first_bucket, k) for k, peer in enumerate(plan.senders)}
+        sends = [(peer, outgoing) for peer in plan.receivers]
+        self._wait(self._post(sends, list(incoming.items()), at, at.first_bucket))
+        messages = {self.worker: mine}
+        for peer, message in incoming.items():
+            messages[peer] = torch.zeros_like(mine)
+            packed.unpack(message.payload, peer, messages[peer])
+        received = [messages[peer] for peer in plan.terms]
+        ops.merge_(x, g, state, received, plan.weights, plan.mean, part.rule, part.hyper, None)
 
     def _exact_mean(self, part: Pass, vectors: Vectors, at: Place) -> None:
         """Messages averaged over all workers: each sums its share of the coordinates in order and hands it to all."""

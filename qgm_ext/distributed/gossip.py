@@ -29,6 +29,11 @@ class GossipPlan(NamedTuple):
     weights: list[float]
     mean: bool
 
+    @property
+    def talks(self) -> bool:
+        """Whether this worker exchanges anything."""
+        return bool(self.senders or self.receivers)
+
 
 def blocks_of(place: slice) -> slice:
     """Those of the block sums of a row (:func:`qgm_ext.ops.new_block_sums`) that are a bucket's."""

@@ -27,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     _smoke = config.getoption("benchmark_disable")
 
 
+def smoke() -> bool:
+    """Whether candidates run once, to show that they work."""
+    return _smoke
+
+
 def size(elements: int) -> int:
     """So many elements, or a fiftieth of them in a smoke run, which shows that a case works and times nothing."""
     return elements // 50 if _smoke else elements

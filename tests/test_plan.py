@@ -75,7 +75,10 @@ def test_times_and_bytes_by_hand():
     assert found["star", "float32"].bytes_mean == pytest.approx(14 / 8 * 4e6)
     assert found["ring", "top_k"].mixing == pytest.approx(0.25 * topology.ring(8).spectral_gap)
     assert found["ring", "top_k"].runs_with == "choco_sgd"
-    assert found["one_peer_exponential", "int8"].runs_with is None
+    assert found["one_peer_exponential", "top_k"].runs_with is None
+    int8 = found["one_peer_exponential", "int8"]
+    assert (int8.runs_with, int8.bytes_mean) == ("any algorithm", 1e6 + 4 * 15625)
+    assert int8.memory == 4 * 4e6 + 2 * int8.bytes_mean
 
 
 def test_recommended_is_the_fastest_that_runs_and_mixes_enough():
@@ -83,7 +86,7 @@ def test_recommended_is_the_fastest_that_runs_and_mixes_enough():
     found = plan.make(1_300_000_000, network)
     assert found.recommended.topology == "one_peer_exponential"
     for choice in found.choices:
-        exact = choice.message in ("float32", "bfloat16", "int8")
+        exact = choice.message in ("float32", "bfloat16")
         if exact and choice.runs_with is not None and (choice.mixing or 0) >= found.least_mixing:
             assert choice.seconds >= found.recommended.seconds * (1 - 1e-8)
     # At full mixing in every step only exact averaging is left.
@@ -131,7 +134,7 @@ def test_make_refuses():
 def test_command_shows_and_recommends():
     code, output = qgm("plan", "--params", "1.3e9", "--workers", "1024", "--bandwidth", "1e9", "--latency", "0.05")
     assert code == 0
-    assert "recommended: one_peer_exponential with float32 messages" in output
+    assert "recommended: one_peer_exponential with bfloat16 messages" in output
     assert re.search(r"all-reduce +float32 +2\d\d", output)
     code, output = qgm("plan", "--params", "1000", "--workers", "4", "--bandwidth", "1e6", "--latency", "0", "--json")
     assert json.loads(output)["recommended"]["topology"]

@@ -11,7 +11,10 @@ The model, for n workers with D parameters, a link of B bit/s each way for each 
   The delay counts twice for each message, because Gloo sends it only when the receiver has said that it is ready.
   0.957 is the share of payload in Ethernet frames of 1500 bytes; all-reduce is the ring of Gloo and NCCL. A step is
   that plus the time of the gradient, since both run one after the other.
-- Memory: parameters, gradient and the algorithm's state in float32, one message to send and d received.
+- Messages in bfloat16 and int8 are those of :mod:`qgm_ext.messages`, which any algorithm can send; the other formats
+  are CHOCO-SGD's compressors.
+- Memory: parameters, gradient, the algorithm's state and the error memory of rounded messages in float32, one message to
+  send and d received.
 - Mixing is 1 - rho, the spectral gap of :attr:`qgm_ext.topology.Topology.spectral_gap`: closed forms where there are
   some, else sparse eigenvalues. For a compressor that keeps the share delta of a message's energy, delta times the gap
   is shown: a rough guide between the gap of exact messages and gap^2 delta / 82, which is all that is proven of CHOCO
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qgm_ext import algorithms, compressors, graphs
+from qgm_ext import algorithms, compressors, graphs, messages
 from qgm_ext import topology as topologies
 from qgm_ext.topology import Topology
 
@@ -40,6 +43,7 @@ __all__ = ["ALL_REDUCE", "MESSAGES", "Choice", "Network", "Plan", "make", "mixin
 ALL_REDUCE = "all-reduce"
 MESSAGES = ("float32", *(name for name in compressors.NAMES if name != "none"))
 
+_FAITHFUL = ("float32", "bfloat16")  # what is recommended: whether int8 is enough is to be tried first
 _PAYLOAD = 1448 / 1514  # of a full frame, headers of Ethernet, IP and TCP with timestamps
 _TRIPS = 2  # of a message: the receiver's word that it is ready, and the message
 _TENSOR = 10**6  # numbers in a parameter tensor, of which QSGD's delta depends
@@ -123,7 +127,7 @@ class Plan:
 
     Args:
         choices: by seconds.
-        recommended: the fastest that an algorithm can do, whose messages keep (nearly) everything, and that mixes by at
+        recommended: the fastest that an algorithm can do, with messages in float32 or bfloat16, and that mixes by at
             least ``least_mixing``; if none does, the one that mixes best.
         least_mixing: what was asked for.
         notes: topologies that are left out, and why.
@@ -169,7 +173,7 @@ def make(parameters: int, network: Network, algorithm: str = "qg_dsgdm_n", least
         choices += [_choice(network, parameters, name, message, steps, gap, own) for message in MESSAGES]
     # Nine digits, so that rounding does not decide between equal times.
     choices.sort(key=lambda c: (float(f"{c.seconds:.9g}"), -(c.mixing or 0.0), c.memory, c.topology))
-    possible = [c for c in choices if c.runs_with is not None and c.mixing is not None and _kept(c.message) == 1.0]
+    possible = [c for c in choices if c.runs_with is not None and c.mixing is not None and c.message in _FAITHFUL]
     good = [c for c in possible if (c.mixing or 0.0) >= least_mixing]
     best = good[0] if good else max(possible, key=lambda c: (c.mixing or 0.0, -c.seconds))
     return Plan(choices, best, least_mixing, notes)
@@ -195,20 +199,24 @@ def _choice(
     seconds = network.compute + sum(network.gossip_seconds(most, size) for most, _ in steps) / len(steps)
     mean = sum(average for _, average in steps) / len(steps) * size
     most = max(most for most, _ in steps)
-    compressed = message != "float32"
+    compressed = message not in messages.NAMES
     runs_with: str | None = "any algorithm"
     if topology == "random_directed":
         runs_with = None if compressed else "sgp, qg_sgp"
     elif compressed:
         runs_with = _COMPRESSED if len(steps) == 1 and topology not in _DIRECTED_OR_RANDOM else None
     vectors = _state_vectors(_COMPRESSED, network.workers) if runs_with == _COMPRESSED else own
-    memory = (2 + vectors) * vector + size * (1 + most)
+    memories = 0 if compressed or message == "float32" else 1
+    memory = (2 + vectors + memories) * vector + size * (1 + most)
     mixing = None if gap is None else gap * _kept(message)
     return Choice(topology, message, seconds, mean, most * size, memory, mixing, runs_with)
 
 
 def _message_bytes(message: str, parameters: int) -> float:
-    return float(compressors.make("none" if message == "float32" else message).message_bytes(parameters))
+    if message in messages.NAMES:
+        written = messages.make(message, [])
+        return float(4 * parameters if written is None else written.message_bytes(parameters, 4))
+    return float(compressors.make(message).message_bytes(parameters))
 
 
 def _kept(message: str) -> float:

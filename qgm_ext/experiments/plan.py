@@ -13,8 +13,8 @@ The model, for n workers with D parameters, a link of B bit/s each way for each 
   that plus the time of the gradient, since both run one after the other.
 - Messages in bfloat16 and int8 are those of :mod:`qgm_ext.messages`, which any algorithm can send; the other formats
   are CHOCO-SGD's compressors.
-- Memory: parameters, gradient, the algorithm's state and the error memory of rounded messages in float32, one message to
-  send and d received.
+- Memory: parameters, gradient, the algorithm's state and the error memory of rounded messages in float32, one message
+  to send and d received.
 - Mixing is 1 - rho, the spectral gap of :attr:`qgm_ext.topology.Topology.spectral_gap`: closed forms where there are
   some, else sparse eigenvalues. For a compressor that keeps the share delta of a message's energy, delta times the gap
   is shown: a rough guide between the gap of exact messages and gap^2 delta / 82, which is all that is proven of CHOCO

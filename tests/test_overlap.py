@@ -172,8 +172,10 @@ def train_net(rank: int, n: int, overlap: bool, how: str, arguments: dict[str, A
         ("closure", {}, 0),
         ("no_gossip", {}, 2),
         ("plain", {"gossip_every": 2}, 2),
+        ("plain", {"message": "int8"}, 4),
+        ("accumulate", {"message": "bfloat16"}, 4),
     ],
-    ids=["plain", "maximize", "no_sync", "closure", "no_gossip", "gossip_every"],
+    ids=["plain", "maximize", "no_sync", "closure", "no_gossip", "gossip_every", "int8", "bfloat16"],
 )
 def test_models_train_the_same(pool: ProcessPool, how: str, arguments: dict[str, Any], steps: int) -> None:
     n = 3

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qgm_ext import ops
+
 __all__ = [
     "NAMES",
     "BFloat16",
@@ -236,7 +238,7 @@ class Qsgd(Compressor):
         """The level of each number, and the norms of the rows, [rows, 1]."""
         _check_generators(values, generators)
         levels = 2**self.bits - 1
-        norms = values.norm(dim=1, keepdim=True)
+        norms = ops.squared_norms(values).sqrt().to(values.dtype)[:, None]
         scaled = torch.where(norms > 0, values.abs() / (norms / levels), 0.0)
         draws = torch.stack([torch.rand(values.shape[1], generator=one, dtype=values.dtype) for one in generators])
         floor = scaled.floor()
@@ -282,7 +284,7 @@ class ScaledSign(Compressor):
             raise ValueError(f"sign_of_zero must be 0 or 1, got {self.sign_of_zero!r}")
 
     def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
-        scale = values.abs().mean(dim=1, keepdim=True)
+        scale = _mean_magnitudes(values)
         if self.sign_of_zero == 0:
             values.sign_().mul_(scale)
         else:
@@ -294,7 +296,7 @@ class ScaledSign(Compressor):
     def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if self.sign_of_zero == 0:
             raise ValueError("only signs with sign_of_zero=1 can be packed in one bit a number")
-        scale = values[None].abs().mean(dim=1)
+        scale = _mean_magnitudes(values[None])[0]
         return torch.cat([_bytes(scale), _pack_bits((values >= 0).to(torch.int64), 1)])
 
     def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
@@ -384,6 +386,26 @@ def generator(*key: int) -> torch.Generator:
     source = torch.Generator(device="cpu")
     source.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return source
+
+
+def _mean_magnitudes(values: Tensor) -> Tensor:
+    """||x||_1 / d of each row, [rows, 1], summed in the order of :func:`qgm_ext.ops.squared_norms`, element-wise.
+
+    torch.mean sums in an order that depends on threads, processor and device.
+    """
+    rows, d = values.shape
+    blocks, lanes = -(-d // ops.REDUCE_BLOCK), 256
+    sums = values.new_zeros(rows, blocks * ops.REDUCE_BLOCK)
+    torch.abs(values, out=sums[:, :d])
+    parts = sums.view(rows, blocks, -1, lanes)
+    total = parts[:, :, 0]
+    for k in range(1, parts.shape[2]):
+        total += parts[:, :, k]
+    while lanes > 1:
+        lanes //= 2
+        total = total[..., :lanes] + total[..., lanes:]
+    means = [sum(row) / d for row in total[..., 0].double().tolist()]
+    return values.new_tensor(means)[:, None]
 
 
 def _bytes(numbers: Tensor) -> Tensor:

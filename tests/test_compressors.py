@@ -162,6 +162,22 @@ def test_places_of_another_seed_are_refused_and_signs_with_zeros_are_not_packed(
         ScaledSign(0).pack(torch.ones(4))
 
 
+@pytest.mark.parametrize("name", compressors.NAMES)
+def test_bits_do_not_depend_on_threads_and_rows(name):
+    values = torch.randn(2, 300_000, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(compressors.make(name)(values, generators(2)))
+            found.append(
+                torch.cat([compressors.make(name)(values[i : i + 1], [one]) for i, one in enumerate(generators(2))])
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 @pytest.mark.parametrize("name", ["qsgd", "random_k"])
 def test_a_rows_message_does_not_depend_on_the_other_rows(name):
     values, compressor = rows(40), compressors.make(name)

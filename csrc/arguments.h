@@ -25,6 +25,7 @@ struct GossipStepArguments {
   const double* hyper;
   const void* row_scalars;  // [rows, kRowScalars], compute type; null if the rule has none
   double* block_sums;       // [rows, reduce_blocks(cols)]: written; null if the rule has no kNormState
+  void* lane_sums;          // [rows, reduce_blocks(cols), kReduceLanes], compute type: room, on a GPU, for block_sums
 };
 
 struct LocalStepArguments {

@@ -42,7 +42,8 @@ struct Binding {
   static void gossip_step(int rule, int dtype, Address x, Address g, const std::vector<Address>& state, int64_t rows,
                           int64_t cols, int64_t x_stride, int64_t g_stride, int64_t state_stride, int form,
                           Address row_offsets, Address columns, Address weights, int64_t nnz,
-                          const std::vector<double>& hyper, Address row_scalars, Address block_sums, Where... where) {
+                          const std::vector<double>& hyper, Address row_scalars, Address block_sums, Address lane_sums,
+                          Where... where) {
     const auto& r = entry(rule);
     typename Backend::GossipStep a{};
     a.x = pointer(x);
@@ -60,6 +61,7 @@ struct Binding {
     a.hyper = hyper.data();
     a.row_scalars = pointer(row_scalars);
     a.block_sums = static_cast<double*>(pointer(block_sums));
+    a.lane_sums = pointer(lane_sums);
     Backend::place(a, where...);
     const pybind11::gil_scoped_release release;
     r.gossip_step[dtype](a);

@@ -49,6 +49,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
 #: Coordinates that a reduction sums together first: kReduceBlock of csrc/arguments.h.
 REDUCE_BLOCK = 4096
+_REDUCE_LANES = 256  # kReduceLanes
 
 
 class Rule(NamedTuple):
@@ -251,6 +252,9 @@ def _gossip_step(
     _check_like(op, "columns", columns, columns.shape, torch.int32, device)
     _check_like(op, "weights", weights, columns.shape, compute, device)
     _check_disjoint(op, [("x", x), *((f"state[{k}]", vector) for k, vector in enumerate(state))], [("g", g)])
+    sums, lanes = _block_sums(op, known, block_sums, x), None
+    if sums and device.type == "cuda":  # freed on return, as in _reduce
+        lanes = torch.empty((*_block_sums_shape(x), _REDUCE_LANES), dtype=compute, device=device)
     _native(device.type).gossip_step(
         known.code,
         _DTYPES[x.dtype],
@@ -269,7 +273,8 @@ def _gossip_step(
         columns.numel(),
         hyper,
         _row_scalars(op, known, row_scalars, x),
-        _block_sums(op, known, block_sums, x),
+        sums,
+        0 if lanes is None else lanes.data_ptr(),
         *_launch(device),
     )
 

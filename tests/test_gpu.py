@@ -78,6 +78,12 @@ def test_gossip_step_gives_the_bits_of_the_cpu(rule: str, dtype: torch.dtype) ->
     )
 
 
+def test_norm_of_a_large_model_gives_the_bits_of_the_cpu() -> None:
+    """Large enough for the sums in strips (csrc/cuda/gossip_step.h) on 300 multiprocessors."""
+    case = ("qg_dadam", 16, 10_000_001, torch.float32, "ring")
+    assert equal_bytes(step(*case, "cuda", 10_000_064, 0), step(*case, "cpu", 10_000_064, 0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("rule", RULES)
 def test_local_step_and_merge_give_the_bits_of_the_cpu(rule: str, dtype: torch.dtype) -> None:

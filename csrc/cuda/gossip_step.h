@@ -7,6 +7,10 @@
 // a fast warp may load and fill the next tile while a slow one still mixes, but cannot pass the next
 // barrier. The mixing matrix is read from shared memory. With n <= kRows a thread owns all workers of its
 // coordinates and reads only messages that it wrote itself.
+// For a rule's norm (rule.h: kNormState) a block goes down strips of tiles that lie kReduceLanes apart, so that a
+// thread always has the same lanes of a reduction and sums their squares in registers; block_sums_of (reduce_kernels.h)
+// ends what it leaves. A model too small for enough strips, or rows that don't begin at a vector, are read once more
+// there.
 //
 // gossip_columns: any n, alignment and stride, one coordinate a thread. What merge needs again (x, state)
 // is read again, from L1 or L2: the two passes that are left when the rows of all n workers no longer
@@ -41,6 +45,8 @@ struct GossipParameters {
   const T* row_scalars;  // [rows, kRowScalars]
   T scale;               // 1 / rows
   Rule rule;
+  T* lane_sums;    // [rows, blocks, kReduceLanes]: written by gossip_tile, which then goes in strips; or null
+  int64_t blocks;  // of a reduction over a row
   // The coordinates to do: [first, last), but not those of [skip, skip + skipped).
   int64_t first, last, skip, skipped;
 };
@@ -113,8 +119,14 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
       for (int k = 0; i < rows && k < kRowScalars<Rule>; ++k) scalars[r][k] = p.row_scalars[i * kRowScalars<Rule> + k];
     }
   }
-  for (int64_t base = int64_t(blockIdx.x) * blockDim.z; base * width < p.last - p.first; base += step) {
-    const int64_t tile_begin = p.first + (base + threadIdx.z) * (width - kFaultGrid * V);
+  const bool strips = kHasNorm<Rule> && p.lane_sums != nullptr;
+  const int64_t span = strips ? p.blocks * kReduceLanes : p.last - p.first;
+  Vector<T, V> squares[R] = {};  // of a strip
+  int term = 0;                  // which tile of it
+  for (int64_t base = int64_t(blockIdx.x) * blockDim.z; base * width < span;) {
+    const int64_t lane = (base + threadIdx.z) * width;  // the first one, in [0, span), if there are strips
+    const int64_t tile_begin = strips ? lane / kReduceLanes * kReduceBlock + lane % kReduceLanes + term * kReduceLanes
+                                      : p.first + (base + threadIdx.z) * (width - kFaultGrid * V);
     const int64_t c = tile_begin + lane_offset;
     const bool inside = c < p.last + kFaultTail;
 
@@ -184,11 +196,25 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Rule, Compute<Storage>
         slice[r].merge(for_row(p.rule, scalars[r].data, 0), mixed);
         store_global(p.x + i * p.x_stride + c, slice[r].x);
         slice[r].template store_states<Loads::kStores>(p.state, i * p.state_stride + c);
+        if constexpr (kHasNorm<Rule>) add_squares(squares[r], slice[r].state[kNormState<Rule>]);
       }
     }
     T* const swap = messages;
     messages = other;
     other = swap;
+    if constexpr (kHasNorm<Rule>) {
+      if (strips && ++term < kReduceTerms) continue;
+      term = 0;
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const int64_t i = group + r * int64_t(blockDim.y);
+        if (strips && lane < span && i < rows) {
+          store_global(p.lane_sums + i * span + lane + lane_offset, squares[r]);
+        }
+        squares[r] = {};
+      }
+    }
+    base += step;
   }
 }
 
@@ -307,6 +333,10 @@ TileShape tile_shape(const Device& device, MixingForm form, int64_t rows, int64_
   return {0, 0, 0, 0};
 }
 
+// Strips for each block that a device runs at once, at least: with fewer, the last ones would leave more of it idle
+// than reading a vector once more costs.
+constexpr int64_t kStripsEach = 8;
+
 template <class Rule, class Storage>
 void gossip_all_columns(const Device& device, const GossipParameters<Rule, Storage>& p, cudaStream_t stream) {
   using T = Compute<Storage>;
@@ -353,6 +383,8 @@ void gossip_step(const GossipStepArguments& a) {
                                     static_cast<const T*>(a.row_scalars),
                                     T(1) / T(a.rows),
                                     Rule(a.hyper),
+                                    nullptr,
+                                    reduce_blocks(a.cols),
                                     0,
                                     a.cols,
                                     a.cols,
@@ -362,7 +394,7 @@ void gossip_step(const GossipStepArguments& a) {
   constexpr int V = kVector<T>;
   const int64_t head = aligned_begin(p), vectors = head < 0 ? 0 : std::max<int64_t>(0, (a.cols - head) / V);
   // A worker alone: pieces of its row are stepped like rows, so that a thread has as many loads under way as with them.
-  const bool alone = a.rows == 1 && a.mixing.form == MixingForm::kIdentity && kRowScalars<Rule> == 0;
+  const bool alone = a.rows == 1 && a.mixing.form == MixingForm::kIdentity && kRowScalars<Rule> == 0 && !kHasNorm<Rule>;
   GossipParameters<Rule, Storage> tiles = p;
   int64_t wide = vectors;  // vectors in a row of the tiles
   if (alone) {
@@ -375,17 +407,27 @@ void gossip_step(const GossipStepArguments& a) {
   if (wide > 0 && shape.lanes > 0) {
     tiles.first = head;
     tiles.last = head + wide * V;
-    const int64_t count = (wide + shape.lanes - 1) / shape.lanes;
-    launch("gossip_step_", device, gossip_tile<Rule, Storage>, (count + shape.tiles - 1) / shape.tiles,
-           dim3(shape.lanes, shape.groups, shape.tiles), shape.shared, a.stream, tiles);
+    int64_t count = (wide + shape.lanes - 1) / shape.lanes;
+    const dim3 block(shape.lanes, shape.groups, shape.tiles);
+    if constexpr (kHasNorm<Rule>) {
+      const int64_t strips = p.blocks * kReduceLanes / (shape.lanes * V);
+      const int64_t resident = resident_blocks("gossip_step_", device, gossip_tile<Rule, Storage>, block, shape.shared);
+      if (head == 0 && strips / shape.tiles >= kStripsEach * resident * device.multiprocessors) {
+        tiles.lane_sums = static_cast<T*>(a.lane_sums);
+        count = strips;
+      }
+    }
+    launch("gossip_step_", device, gossip_tile<Rule, Storage>, (count + shape.tiles - 1) / shape.tiles, block,
+           shape.shared, a.stream, tiles);
     p.skip = head;
     p.skipped = (alone ? tiles.rows : 1) * wide * V;
   }
   gossip_all_columns(device, p, a.stream);
   if constexpr (kHasNorm<Rule>) {
-    const T* const vector = p.state[kNormState<Rule>];
-    const ReduceParameters reduce{a.rows, a.cols, a.state_stride, reduce_blocks(a.cols), a.block_sums};
-    launch_block_sums<T, false>("gossip_step_", device, vector, reduce, a.stream);
+    const ReduceParameters reduce{a.rows, a.cols, a.state_stride, p.blocks, a.block_sums};
+    const int64_t summed = tiles.lane_sums == nullptr ? 0 : tiles.last;
+    launch("gossip_step_", device, block_sums_of<T>, a.rows * p.blocks, dim3(kReduceLanes), 0, a.stream,
+           static_cast<const T*>(p.state[kNormState<Rule>]), static_cast<const T*>(tiles.lane_sums), summed, reduce);
   }
 }
 

@@ -1,6 +1,7 @@
 // One worker's step in two halves, around communication, over one flat buffer or a bucket of it:
 // local_step makes the messages that are sent, merge mixes what arrived. Together they give the bits of
-// the fused pass (gossip_step.h).
+// the fused pass (gossip_step.h). Here a rule's norm is taken from its state after merge, which is read once more for
+// it.
 #pragma once
 
 #include <algorithm>
@@ -203,9 +204,9 @@ void merge(const MergeArguments& a) {
   p.extent = alignment.extent(a.size);
   launch("merge_", device, merge_flat<Rule, Storage>, flat_blocks(p.extent), dim3(kFlatThreads), 0, a.stream, p);
   if constexpr (kHasNorm<Rule>) {
-    const T* const vector = p.state[kNormState<Rule>];
     const ReduceParameters reduce{1, a.size, a.size, reduce_blocks(a.size), a.block_sums};
-    launch_block_sums<T, false>("merge_", device, vector, reduce, a.stream);
+    launch("merge_", device, block_sums_of<T>, reduce.blocks, dim3(kReduceLanes), 0, a.stream,
+           static_cast<const T*>(p.state[kNormState<Rule>]), static_cast<const T*>(nullptr), int64_t(0), reduce);
   }
 }
 

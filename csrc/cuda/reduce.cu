@@ -29,7 +29,8 @@ template <bool kFinite>
 void row_sums(const char* op, DType dtype, const Device& device, const ReduceArguments& a, const ReduceParameters& p) {
   for_storage(dtype, [&](auto* type) {
     using Storage = std::remove_pointer_t<decltype(type)>;
-    launch_block_sums<Storage, kFinite>(op, device, static_cast<const Storage*>(a.x), p, a.stream);
+    launch(op, device, row_block_sums<Storage, kFinite>, p.rows * p.blocks, dim3(kReduceLanes), 0, a.stream,
+           static_cast<const Storage*>(a.x), p);
   });
 }
 

@@ -84,11 +84,24 @@ __global__ void __launch_bounds__(kReduceLanes)
   }
 }
 
-// sums[i, b] = the sum of block b of row i, in `sums` of the parameters.
-template <class Storage, bool kFinite>
-void launch_block_sums(const char* op, const Device& device, const Storage* x, const ReduceParameters& p,
-                       cudaStream_t stream) {
-  launch(op, device, row_block_sums<Storage, kFinite>, p.rows * p.blocks, dim3(kReduceLanes), 0, stream, x, p);
+// The sums of squares that row_block_sums gives for x, where lane_sums [rows, blocks, kReduceLanes] holds the lanes'
+// sums over coordinates [0, summed) already; null: over none.
+template <class T>
+__global__ void __launch_bounds__(kReduceLanes)
+    block_sums_of(const T* x, const T* lane_sums, int64_t summed, const ReduceParameters p) {
+  __shared__ T lanes[kReduceLanes];
+  for (int64_t task = blockIdx.x; task < p.rows * p.blocks; task += gridDim.x) {
+    const int64_t row = task / p.blocks, begin = task % p.blocks * kReduceBlock + threadIdx.x;
+    const T* const values = x + row * p.stride;
+    T sum = lane_sums == nullptr ? T(0) : lane_sums[task * kReduceLanes + threadIdx.x];
+#pragma unroll
+    for (int term = 0; term < kReduceTerms; ++term) {
+      const int64_t c = begin + term * kReduceLanes;
+      if (c >= summed && c < p.cols + kFaultTail) sum = sum + values[c] * values[c];
+    }
+    sum = sum_lanes(sum, lanes);
+    if (threadIdx.x == 0) p.sums[task] = double(sum);
+  }
 }
 
 // What becomes of the sum of all blocks of a row.

@@ -140,6 +140,11 @@ QGM_HD void add_product(Values<Vector<T, V>, N>& sum, int k, T weight, const Vec
 }
 
 template <class T, int V>
+QGM_HD void add_squares(Vector<T, V>& sum, const Vector<T, V>& term) {
+  for (int v = 0; v < V; ++v) sum.at[v] = sum.at[v] + term.at[v] * term.at[v];
+}
+
+template <class T, int V>
 QGM_HD Vector<T, V> product(T weight, const Vector<T, V>& term) {
   Vector<T, V> out;
   for (int v = 0; v < V; ++v) out.at[v] = weight * term.at[v];

@@ -36,15 +36,17 @@ class QgDadam(AdamAlgorithm):
     Args:
         variant: "v0", the formulas above, with g' and not (1 - beta_1) g' in m: the authors said (issue 1 of their
             repository, 2021) that this is no mistake and what their experiments ran. "v1": the gradient is normalised
-            first, g / (||g|| + eps_n), and enters m with 1 - beta_1. Their code normalises filter by filter; a worker's
-            row is one vector here, and is normalised as a whole. "v2": m is the ordinary local moment,
+            first, g / (||g|| + eps_n), and enters m with 1 - beta_1. That is not quite theirs: their code normalises
+            filter by filter (a convolution's output channels, a linear weight along its first dimension, any other
+            tensor as a whole), here a worker's row is one vector. "v2": m is the ordinary local moment,
             m <- beta_1 m + (1 - beta_1) g', kept, and only v_hat is quasi-global (what their code builds at HEAD).
         betas: (beta_1, beta_2), each in [0, 1).
         eps: epsilon >= 0.
         normalization_eps: epsilon_n > 0.
 
     Source: Lin, Karimireddy, Stich, Jaggi, "Quasi-Global Momentum" (ICML 2021); epfml/quasi-global-momentum. That the
-    paper's tables used v0 rests on the authors' reply [paper not verified].
+    paper's tables used v0 rests on the authors' reply [paper not verified]. The equations of v0 reproduce runs of the
+    authors' code; v1 and v2 were read there and not compared with a run.
     """
 
     name: ClassVar[str] = "qg_dadam"

@@ -98,9 +98,11 @@ class MockModule:
     ) -> None:
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         offsets, columns, weights = (t.clone() for t in mixing.tensors(dtype=compute))
-        numbers = {"scalars": given(row_scalars), "sums": given(block_sums)}
+        lanes = None if block_sums is None else torch.full((*block_sums.shape, 256), float("nan"), dtype=compute)
+        numbers = {"scalars": given(row_scalars), "sums": given(block_sums), "lanes": given(lanes)}
         matrix = {"offsets": offsets, "columns": columns, "weights": weights}
-        with self.mapped(unwritten=numbers["sums"], x=x, g=g, state=state, **matrix, **numbers):
+        fresh = [*numbers["sums"], *numbers["lanes"]]
+        with self.mapped(unwritten=fresh, x=x, g=g, state=state, **matrix, **numbers):
             self.module.gossip_step(
                 self.rules[rule][0],
                 DTYPES[x.dtype],
@@ -120,6 +122,7 @@ class MockModule:
                 hyper,
                 address(numbers["scalars"]),
                 address(numbers["sums"]),
+                address(numbers["lanes"]),
                 device,
                 STREAM,
             )

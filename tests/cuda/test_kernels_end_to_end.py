@@ -172,6 +172,37 @@ def test_squared_norms_add_many_blocks_in_order(module: MockModule) -> None:
     assert torch.equal(module.sum_blocks(sums), ops.sum_blocks(sums))
 
 
+# ------------------------------------------------------------------------------------------------ norms
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("n", "d", "mixing", "layout", "left"),
+    [
+        (2, 16 * 4096 + 1, "complete", "padded", 1),  # the last block is one coordinate, which is no vector
+        (5, 16_383, "star", "padded", 3),
+        (5, 16_384, "identity", "padded", 0),
+        (33, 4097, "complete", "padded", 1),
+        (70, 4095, "ring", "padded", 3),
+        (5, 4095, "ring", "padded", 4095),  # too few strips
+        (5, 16_383, "ring", "offset", 16_383),  # a vector may belong to two blocks
+        (3, 4097, "star", "odd rows", 4097),
+    ],
+)
+def test_norm_of_a_pass_has_the_bits_of_the_cpu(
+    module: MockModule, n: int, d: int, mixing: str, layout: str, left: int, dtype: torch.dtype
+) -> None:
+    """``left``: how many coordinates of each worker the kernel that ends the sums must still read (float32)."""
+    module.runtime.reset(multiprocessors=2 if n > 30 else 1, blocks_per_multiprocessor=1)
+    check_gossip(module, "qg_dadam", n, d, dtype, mixing, layout)
+    compute = ops.compute_dtype(dtype)
+    if dtype == torch.float64 and layout == "padded" and left < d:
+        left = d % 2
+    last = module.runtime.launches[-1]
+    assert "block_sums_of" in last.kernel
+    assert last.result is not None
+    assert last.result.loaded_bytes["state[2]"] == n * left * compute.itemsize
+    assert module.runtime.forbidden_calls() == []
+
+
 # ------------------------------------------------------------------------------------------------ other paths
 @pytest.mark.parametrize(
     ("n", "d", "name", "kernel"),
@@ -271,6 +302,7 @@ def test_gossip_step_reaches_elements_beyond_2_to_the_31(
             0,
             0,
             [0.5, 1.0, 0.5, 1.0][: known.hyper],
+            0,
             0,
             0,
             0,

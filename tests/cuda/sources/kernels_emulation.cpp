@@ -18,6 +18,7 @@
 #include "cuda/relay_step.h"
 #include "rules/dsgd.h"
 #include "rules/push_sum.h"
+#include "rules/qg_dadam.h"
 #include "rules/qg_dsgdm.h"
 
 using namespace qgm;
@@ -41,19 +42,30 @@ static void check(Buffer<T>& left, Buffer<T>& right, int64_t count, const char* 
   std::exit(2);
 }
 
-static const double kHyper[] = {0.1, 0.9, 0.8, 1e-4, 2.0, 1.0};
+static const double kHyper[] = {0.1, 0.9, 0.8, 1e-4, 2.0, 1.0, 0.7, 0.3};
 
 // stride = 0: rows one behind the other; offset: elements in front of the first row.
 template <template <class> class RuleOf, class Storage>
 static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, int64_t offset) {
   using T = Compute<Storage>;
-  constexpr int kStates = RuleOf<T>::kStates;
+  using Rule = RuleOf<T>;
+  constexpr int kStates = Rule::kStates;
   const int64_t size = offset + (rows - 1) * stride + cols;
   Buffer<Storage> x(size), g(size), x_cpu(size);
-  Buffer<T> state(size), state_cpu(size);
-  Buffer<T> second(size), second_cpu(size);
-  fill(x, size), fill(g, size), fill(state, size), fill(second, size);
-  for (int64_t k = 0; k < size; ++k) x_cpu[k] = x[k], state_cpu[k] = state[k], second_cpu[k] = second[k];
+  std::deque<Buffer<T>> state, state_cpu;  // which moves nothing
+  fill(x, size), fill(g, size);
+  for (int64_t k = 0; k < size; ++k) x_cpu[k] = x[k];
+  for (int s = 0; s < kStates; ++s) {
+    state.emplace_back(size), state_cpu.emplace_back(size);
+    fill(state[size_t(s)], size);
+    for (int64_t k = 0; k < size; ++k) {  // of a rule with roots, not negative
+      T& value = state[size_t(s)][k];
+      state_cpu[size_t(s)][k] = value = kHasNorm<Rule> && value < T(0) ? -value : value;
+    }
+  }
+  const int64_t blocks = kHasNorm<Rule> ? reduce_blocks(cols) : 0;
+  Buffer<double> sums(rows * blocks), sums_cpu(rows * blocks);
+  Buffer<T> lane_sums(rows * blocks * kReduceLanes);
   // a star: one long row, the others short
   std::vector<int32_t> offsets{0}, columns;
   for (int64_t i = 0; i < rows; ++i) {
@@ -73,8 +85,8 @@ static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, 
   cpu::GossipStepArguments a{};
   a.row_scalars = scalars.data();
   a.x = x_cpu.data() + offset, a.g = g.data() + offset;
-  if (kStates > 0) a.state[0] = state_cpu.data() + offset;
-  if (kStates > 1) a.state[1] = second_cpu.data() + offset;
+  for (int s = 0; s < kStates; ++s) a.state[s] = state_cpu[size_t(s)].data() + offset;
+  a.block_sums = sums_cpu.data();
   a.rows = rows, a.cols = cols, a.x_stride = a.g_stride = a.state_stride = stride;
   a.mixing = mixing, a.hyper = kHyper, a.threads = 1, a.simd = cpu::Simd::kBaseline;
   cpu::gossip_step<RuleOf, Storage>(a);
@@ -82,12 +94,12 @@ static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, 
   cuda::GossipStepArguments b{};
   static_cast<GossipStepArguments&>(b) = a;
   b.x = x.data() + offset;
-  if (kStates > 0) b.state[0] = state.data() + offset;
-  if (kStates > 1) b.state[1] = second.data() + offset;
+  for (int s = 0; s < kStates; ++s) b.state[s] = state[size_t(s)].data() + offset;
+  b.block_sums = sums.data(), b.lane_sums = lane_sums.data();
   cuda::gossip_step<RuleOf, Storage>(b);
   check(x, x_cpu, size, "gossip_step x");
-  check(state, state_cpu, size, "gossip_step state 0");
-  check(second, second_cpu, size, "gossip_step state 1");
+  for (size_t s = 0; s < state.size(); ++s) check(state[s], state_cpu[s], size, "gossip_step state");
+  check(sums, sums_cpu, rows * blocks, "gossip_step block sums");
 }
 
 // Trees in turn a binary tree and a chain; stride and offset as above, for the messages too.
@@ -228,7 +240,7 @@ int main(int count, char** arguments) {
   const auto is = [&](const char* op) { return std::strcmp(arguments[1], op) == 0; };
   cuda_emulation::Options& options = cuda::emulation_options();
   options.seed = unsigned(std::atoi(arguments[2]));
-  options.unordered_blocks = !is("reductions");  // those have static shared memory
+  options.unordered_blocks = !is("reductions") && !is("norm");  // those have static shared memory
   if (is("tile")) {
     for (const MixingForm form : {MixingForm::kSparse, MixingForm::kMean, MixingForm::kIdentity}) {
       gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 5, 301, 304, 0);
@@ -236,6 +248,9 @@ int main(int count, char** arguments) {
       gossip<rules::dsgd::Dsgd, double>(form, 3, 129, 130, 1);
       gossip<rules::push_sum::QgSgp, float>(form, 7, 70, 72, 0);
     }
+  } else if (is("norm")) {  // in strips, then with the vector read once more
+    gossip<rules::qg_dadam::QgDadam, float>(MixingForm::kSparse, 33, 4101, 4104, 0);
+    gossip<rules::qg_dadam::QgDadam, bfloat16>(MixingForm::kMean, 5, 300, 304, 0);
   } else if (is("columns")) {
     for (const MixingForm form : {MixingForm::kSparse, MixingForm::kMean, MixingForm::kIdentity}) {
       gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 4, 71, 73, 0);

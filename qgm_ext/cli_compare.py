@@ -20,7 +20,7 @@ from rich.table import Table
 
 from qgm_ext.cli_support import EXIT_FAILED, fail, make_console, option, stop_on_signal, user_errors
 from qgm_ext.experiments import compare as running
-from qgm_ext.experiments import comparison, tables
+from qgm_ext.experiments import comparison_files, tables
 from qgm_ext.experiments import report as reports
 from qgm_ext.experiments import results as outcomes
 from qgm_ext.experiments.comparison import Comparison
@@ -29,12 +29,14 @@ from qgm_ext.experiments.results import Results, Run
 __all__ = ["compare", "report"]
 
 _WHAT, _HOW, _MACHINE, _FILES = "What to compare", "How", "Machine", "Files"
-_TRAIN_WORDS = ("data", "data_root", "num_train", "validation", "epochs", "steps", "batch")
+_TRAIN_WORDS = ("data", "data_root", "num_train", "pretrained", "validation", "epochs", "steps", "batch", "device")
 
 
 def compare(
     file: Annotated[Path | None, typer.Argument(help="TOML file; or say all in options.", show_default=False)] = None,
-    preset: Annotated[str | None, option(_WHAT, f"Instead of a file: {', '.join(comparison.preset_names())}.")] = None,
+    preset: Annotated[
+        str | None, option(_WHAT, f"Instead of a file: {', '.join(comparison_files.preset_names())}.")
+    ] = None,
     algorithm: Annotated[list[str] | None, option(_WHAT, "Method; may be repeated, as all of these.")] = None,
     topology: Annotated[list[str] | None, option(_WHAT, "NAME or NAME:WORKERS.", "ring:16")] = None,
     alpha: Annotated[list[float] | None, option(_WHAT, "Heterogeneity.", "0.1")] = None,
@@ -54,11 +56,13 @@ def compare(
     epochs: Annotated[int | None, option(_HOW, "Length in epochs.", "100")] = None,
     steps: Annotated[int | None, option(_HOW, "Length in steps, instead of epochs.")] = None,
     batch: Annotated[int | None, option(_HOW, "Samples per worker and step.", "16")] = None,
+    pretrained: Annotated[str | None, option(_WHAT, "Folder of weights to start from.", "random weights")] = None,
+    device: Annotated[str | None, option(_MACHINE, "cpu, cuda or cuda:i.", "cpu")] = None,
     processes: Annotated[int | None, option(_MACHINE, "Runs side by side.", "as many as cores")] = None,
     threads: Annotated[int, option(_MACHINE, "CPU threads of each.", "1")] = 1,
     out: Annotated[Path | None, option(_FILES, "Folder; an earlier comparison in it goes on.", "compare-NAME")] = None,
     resume: Annotated[Path | None, option(_FILES, "Go on with the comparison in this folder, as it is.")] = None,
-    dry_run: Annotated[bool, option(_FILES, "Only check and estimate.", None, "--dry-run")] = False,
+    dry_run: Annotated[bool, option(_FILES, "Show published figures, check, estimate.", None, "--dry-run")] = False,
     checkpoint_seconds: Annotated[float, option(_FILES, "Seconds between checkpoints of a run.", "30")] = 30.0,
 ) -> None:
     """Compare algorithms on topologies, alphas and models, over seeds and a grid of step sizes.
@@ -79,14 +83,20 @@ def compare(
     }
     arguments = locals()
     train = {name: arguments[name] for name in _TRAIN_WORDS if arguments[name] is not None}
-    if data_root is not None:
-        train["data_root"] = os.path.abspath(data_root)
+    for name in ("data_root", "pretrained"):
+        if name in train:
+            train[name] = os.path.abspath(train[name])
     given = {name: value for name, value in words.items() if value is not None}
     if train:
         given["train"] = train
     console = make_console()
     with user_errors():
         plan, folder = _plan(file, preset, resume, out, given)
+        if dry_run and plan.published:  # before the data, which need not be there to read them
+            show(
+                console,
+                outcomes.load(folder) if resume else Results(plan, folder, [*outcomes.planned_runs(plan, folder)]),
+            )
         _load_data(plan, download)
         _announce(console, plan)
     with user_errors(), stop_on_signal() as stop:
@@ -141,12 +151,12 @@ def _plan(
             raise ValueError("--resume goes on with a comparison as it is; to change it give the file or preset again")
         return outcomes.load_plan(resume), resume
     if file is not None:
-        return comparison.read(file, **given), out or Path(f"compare-{file.stem}")
+        return comparison_files.read(file, **given), out or Path(f"compare-{file.stem}")
     if preset is not None:
-        return comparison.preset(preset, **given), out or Path(f"compare-{preset}")
+        return comparison_files.preset(preset, **given), out or Path(f"compare-{preset}")
     if "algorithms" not in given:
         raise ValueError("say what to compare: a TOML file, --preset NAME or --algorithm NAME (more than once)")
-    return comparison.from_dict(given), out or Path("compare-run")
+    return comparison_files.from_dict(given), out or Path("compare-run")
 
 
 def _load_data(plan: Comparison, download: bool) -> None:
@@ -239,6 +249,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _shown(entry: tables.Entry) -> str:
+    """A cell of the table: the figure, below it what else there is to say, and what a paper has."""
+    details = [
+        *([entry.detail] if entry.detail else []),
+        *(["published: " + entry.published] if entry.published else []),
+    ]
+    figure = f"[bold]{entry.text}[/bold]" if entry.best else entry.text
+    return "\n".join([figure, *(f"[dim]{detail}[/dim]" for detail in details)])
+
+
 def show(console: Console, results: Results) -> None:
     """Print the tables, one for each model and topology."""
     for made in tables.make(results):
@@ -247,12 +267,6 @@ def show(console: Console, results: Results) -> None:
         for head in made.heads:
             table.add_column(head, justify="right")
         for row in made.rows:
-            cells = [
-                f"[bold]{cell.text}[/bold]" + (f"\n[dim]{cell.detail}[/dim]" if cell.detail else "")
-                if cell.best
-                else cell.text + (f"\n[dim]{cell.detail}[/dim]" if cell.detail else "")
-                for cell in row.cells
-            ]
-            table.add_row(row.label, *cells)
+            table.add_row(row.label, *map(_shown, row.cells))
         console.print(table)
     console.print("\n".join(tables.legend(results)), markup=False, highlight=False, soft_wrap=True)

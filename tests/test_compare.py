@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from qgm_ext.cli import app
 from qgm_ext.experiments import results, run, runfolder
 from qgm_ext.experiments.compare import CompareError, compare
-from qgm_ext.experiments.comparison import from_dict
+from qgm_ext.experiments.comparison_files import from_dict
 
 TRAIN = {"num_train": 200, "batch": 8, "steps": 12}
 PLAIN = {"algorithms": ["dsgd", "qg_dsgdm_n"], "topologies": ["ring:4"], "lrs": [0.05, 0.2], "seeds": 2, "train": TRAIN}

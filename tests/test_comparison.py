@@ -16,7 +16,8 @@ from scipy import stats
 from qgm_ext import topology
 from qgm_ext.algorithms import base
 from qgm_ext.experiments import results, tables
-from qgm_ext.experiments.comparison import Comparison, from_dict, merge, preset, preset_names, read, run_name
+from qgm_ext.experiments.comparison import Comparison, run_name
+from qgm_ext.experiments.comparison_files import from_dict, merge, preset, preset_names, read
 from qgm_ext.experiments.results import Results, Run, paired_test
 
 PLAIN = {"algorithms": ["dsgd", "qg_dsgdm_n"], "topologies": ["ring:4"], "lrs": [0.1, 0.2], "seeds": 2}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from qgm_ext.cli import app
 from qgm_ext.experiments import report
 from qgm_ext.experiments.compare import compare
-from qgm_ext.experiments.comparison import from_dict
+from qgm_ext.experiments.comparison_files import from_dict
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PLAN = {

@@ -63,7 +63,7 @@ class HashTokenizer:
                 [  1,   0,   0,   0,   0,   0]])
     """
 
-    def __init__(self, vocabulary: int = 8192) -> None:
+    def __init__(self, vocabulary: int = 4096) -> None:
         if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or vocabulary < 3:
             raise ValueError(f"vocabulary must be an integer of at least 3, got {vocabulary!r}")
         self.vocabulary = vocabulary

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from qgm_ext.experiments import comparison, runfolder
+from qgm_ext.experiments import runfolder
 from qgm_ext.experiments.config import TrainConfig, loads
+from qgm_ext.experiments.plugins import load_plugins
 from qgm_ext.experiments.train import Record, Training
 from qgm_ext.stacked import NonFiniteGradientError
 
@@ -82,7 +83,7 @@ def serve(pipe: Connection, plugins: Sequence[str], threads: int) -> None:
     torch.set_num_threads(threads)
     parent = _Parent(pipe)
     try:
-        comparison.load_plugins(plugins)
+        load_plugins(plugins)
     except ValueError as error:
         parent.tell({"kind": "failed", "error": str(error), "disk": False})
         return

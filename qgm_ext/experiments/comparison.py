@@ -1,8 +1,9 @@
-"""Comparison: which methods are compared on what, checked, and its forms in a TOML file, in a preset and on disk.
+"""Comparison: which methods are compared on what, checked.
 
 A comparison is a grid: models x topologies x alphas make cells, in each cell every method is trained with every step
-size of its grid and every seed. It holds no training (:mod:`qgm_ext.experiments.compare`) and no results
-(:mod:`qgm_ext.experiments.results`). The format of the TOML file is told in :class:`Comparison`.
+size of its grid and every seed. It holds no training (:mod:`qgm_ext.experiments.compare`), no results
+(:mod:`qgm_ext.experiments.results`) and no files (:mod:`qgm_ext.experiments.comparison_files`). The format of the TOML
+file is told in :class:`Comparison`.
 """
 
 from __future__ import annotations
@@ -10,29 +11,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import json
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from qgm_ext import algorithms, data, models, topology
 from qgm_ext.algorithms import check_number
-from qgm_ext.experiments.config import TrainConfig, canonical_topology, check_name, default_workers
+from qgm_ext.experiments.config import TrainConfig, check_name
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-__all__ = ["Cell", "Comparison", "Method", "Published", "load_plugins", "preset", "preset_names", "read"]
+__all__ = ["Cell", "Comparison", "Method", "Published", "check_keys", "is_centralised", "run_name"]
 
 FORMAT = "qgm_ext.compare/1"
 
@@ -308,7 +299,7 @@ class Comparison:
         return self.seeds[:1] if self.lr_seeds == "first" else self.seeds
 
     def as_dict(self) -> dict[str, Any]:
-        """As in a TOML file, JSON-ready; :func:`from_dict` reads it."""
+        """As in a TOML file, JSON-ready; ``comparison_files.from_dict`` reads it."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["topologies"] = [f"{name}:{workers}" for name, workers in self.topologies]
         plain["method"] = [_sparse(dataclasses.asdict(method)) for method in plain.pop("methods")]
@@ -345,149 +336,6 @@ def is_centralised(algorithm: str) -> bool:
     return algorithms.get_class(algorithm).needs.startswith("none")
 
 
-def read(path: Path, **changes: Any) -> Comparison:
-    """Read a TOML file.
-
-    Args:
-        path: the file; plugins in it that are files stand relative to it.
-        **changes: keys of the file that are replaced, e.g. ``alphas``; those of ``train`` one by one.
-
-    Raises:
-        ValueError: if it is no TOML, or something in it does not fit; names the file.
-        OSError: if it can't be read.
-    """
-    return _parse(path.read_bytes(), str(path), path.parent, changes)
-
-
-def preset_names() -> list[str]:
-    """The names that :func:`preset` takes.
-
-    Example:
-        >>> "paper-small" in preset_names()
-        True
-    """
-    folder = resources.files("qgm_ext.presets")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
-def preset(name: str, **changes: Any) -> Comparison:
-    """A comparison that comes with the package; ``changes`` as in :func:`read`.
-
-    Raises:
-        ValueError: if there is none of this name; suggests the nearest.
-    """
-    check_name("preset", name, preset_names())
-    file = resources.files("qgm_ext.presets").joinpath(f"{name}.toml")
-    return _parse(file.read_bytes(), f"preset {name}", Path(), changes)
-
-
-def _parse(content: bytes, where: str, folder: Path, changes: Mapping[str, Any]) -> Comparison:
-    try:
-        raw = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is not TOML: {error}") from error
-    try:
-        return from_dict(merge(raw, changes), folder)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from error
-
-
-def merge(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a file with some keys replaced; tables (train, hyper) key by key.
-
-    New ``algorithms`` replace all methods; what the file says of those it knows stays. New ``lrs`` replace all grids.
-    """
-    merged = dict(raw)
-    for key, value in changes.items():
-        merged[key] = {**raw.get(key, {}), **value} if isinstance(value, Mapping) else value
-    if "algorithms" in changes:
-        known = [method for method in raw.get("method", []) if method.get("algorithm") in changes["algorithms"]]
-        merged["method"] = known
-        named = {method["algorithm"] for method in known}
-        merged["algorithms"] = [name for name in changes["algorithms"] if name not in named]
-        labels = {method.get("label", method["algorithm"]) for method in known} | set(merged["algorithms"])
-        if "baseline" not in changes and raw.get("baseline") not in labels:
-            merged.pop("baseline", None)
-    if "lrs" in changes:
-        merged["method"] = [
-            {key: value for key, value in method.items() if key != "lrs"} for method in merged.get("method", [])
-        ]
-    return merged
-
-
-def from_dict(raw: Mapping[str, Any], folder: Path = Path()) -> Comparison:
-    """Build a comparison from the content of a TOML file.
-
-    Args:
-        raw: the content; see :class:`Comparison`.
-        folder: where plugins that are files stand.
-
-    Raises:
-        TypeError, ValueError: if a key is unknown or a value does not fit.
-    """
-    known = {f.name for f in dataclasses.fields(Comparison)} - {"methods"} | {"algorithms", "method", "lrs"}
-    _check_keys("a comparison", raw, known)
-    plain = dict(raw)
-    plugins = [_located(plugin, folder) for plugin in _strings("plugins", plain.pop("plugins", []))]
-    load_plugins(plugins)
-    lrs = _numbers("lrs", plain.pop("lrs", []))
-    listed = [Method(algorithm=name, lrs=lrs) for name in _strings("algorithms", plain.pop("algorithms", []))]
-    tables = [_method(table, lrs) for table in _tables("method", plain.pop("method", []))]
-    if "topologies" in plain:
-        plain["topologies"] = tuple(map(_topology, _strings("topologies", plain["topologies"])))
-    if "alphas" in plain:
-        plain["alphas"] = _numbers("alphas", plain["alphas"])
-    if "models" in plain:
-        plain["models"] = tuple(_strings("models", plain["models"]))
-    if "seeds" in plain:
-        plain["seeds"] = _seeds(plain["seeds"])
-    for name in ("title", "description", "baseline", "lr_seeds", "choose"):
-        if not isinstance(plain.get(name, ""), str):
-            raise TypeError(f"{name} must be a string, got {plain[name]!r}")
-    for name in ("train", "hyper"):
-        if not isinstance(plain.get(name, {}), Mapping):
-            raise TypeError(f"{name} must be a table, got {plain[name]!r}")
-    plain["hyper"] = _hyper(plain.get("hyper", {}))
-    figures = tuple(map(_published, _tables("published", plain.pop("published", []))))
-    return Comparison(methods=(*listed, *tables), published=figures, plugins=tuple(plugins), **plain)
-
-
-def load_plugins(plugins: Iterable[str]) -> None:
-    """Import modules, or files that end in .py, which register algorithms, data sets and models of their own.
-
-    Raises:
-        ValueError: if one can't be imported; names it.
-    """
-    for plugin in plugins:
-        try:
-            if plugin.endswith(".py"):
-                _import_file(Path(plugin))
-            else:
-                importlib.import_module(plugin)
-        except Exception as error:  # whatever a stranger's file raises
-            raise ValueError(f"plugin {plugin} can't be imported: {type(error).__name__}: {error}") from error
-
-
-def _import_file(path: Path) -> None:
-    name = f"qgm_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError("it is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-
-
-def _located(plugin: str, folder: Path) -> str:
-    return str((folder / plugin).resolve()) if plugin.endswith(".py") else plugin
-
-
 def _fitting(method: Method, name: str, workers: int) -> str:
     """What a method runs on where the comparison says ``name``."""
     if method.topology is not None:
@@ -519,12 +367,12 @@ def _check_train(where: str, train: Mapping[str, Any]) -> None:
     for name in train:
         if name in _DECIDED:
             raise ValueError(f"{where} can't set {name}: it is decided by {_DECIDED[name]}")
-    _check_keys(where, train, _TRAIN_FIELDS)
+    check_keys(where, train, _TRAIN_FIELDS)
     if "data" in train:
         check_name("data", train["data"], data.names())
 
 
-def _check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     names = sorted(known)
     for key in given:
         if key not in names:
@@ -538,86 +386,3 @@ def _sparse(table: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in table.items() if value not in empty
     }
-
-
-def _strings(name: str, value: Any) -> list[str]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list of strings, got {value!r}")
-    return list(value)
-
-
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    good = isinstance(value, Sequence) and not isinstance(value, str)
-    if not good or not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):
-        raise TypeError(f"{name} must be a list of numbers, got {value!r}")
-    return tuple(map(float, value))
-
-
-def _tables(name: str, value: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
-        raise TypeError(f"{name} must be a list of tables, written [[{name}]], got {value!r}")
-    return list(value)
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise ValueError(f"seeds must be a number of at least 1 or a list, got {value}")
-        return tuple(range(value))
-    good = isinstance(value, Sequence) and not isinstance(value, str)
-    if not good or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-        raise TypeError(f"seeds must be a number or a list of integers, got {value!r}")
-    return tuple(value)
-
-
-def _topology(text: str) -> tuple[str, int]:
-    """("ring", 16) from "ring:16"."""
-    name, colon, count = text.partition(":")
-    name = canonical_topology(name)
-    check_name("topologies", name.removeprefix(topology.TREE_PREFIX), topology.names())
-    if not colon:
-        return name, default_workers(name)
-    if not (count.isascii() and count.isdigit()) or int(count) < 1:
-        raise ValueError(f"topologies must be NAME or NAME:WORKERS, e.g. 'ring:16', got {text!r}")
-    topology.get(name, int(count))  # raises where the topology asks something of the number
-    return name, int(count)
-
-
-def _hyper(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-
-
-def _method(table: Mapping[str, Any], lrs: tuple[float, ...]) -> Method:
-    _check_keys("a method", table, [f.name for f in dataclasses.fields(Method)])
-    if not isinstance(table.get("algorithm"), str):
-        raise ValueError(f"a method needs an algorithm, a string; got {dict(table)!r}")
-    plain = dict(table)
-    where = f"method {plain['algorithm']}"
-    plain["lrs"] = _numbers(f"lrs of {where}", plain["lrs"]) if "lrs" in plain else lrs
-    for name, wanted, word in (
-        ("label", str, "string"),
-        ("topology", str, "string"),
-        ("hyper", Mapping, "table"),
-        ("train", Mapping, "table"),
-    ):
-        if name in plain and not isinstance(plain[name], wanted):
-            raise TypeError(f"{name} of {where} must be a {word}, got {plain[name]!r}")
-    plain["hyper"] = _hyper(plain.get("hyper", {}))
-    if "topology" in plain:
-        plain["topology"] = canonical_topology(plain["topology"])
-        check_name(f"topology of {where}", plain["topology"].removeprefix(topology.TREE_PREFIX), topology.names())
-    return Method(**plain)
-
-
-def _published(table: Mapping[str, Any]) -> Published:
-    _check_keys("a published figure", table, [f.name for f in dataclasses.fields(Published)])
-    for name in ("method", "value", "topology"):
-        if name not in table:
-            raise ValueError(f"a published figure needs a {name}, got {dict(table)!r}")
-    plain = dict(table)
-    for name in ("value", "std", "alpha"):
-        number = plain.get(name, 0.0)
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name} of a published figure must be a number, got {number!r}")
-    name, workers = _topology(plain["topology"])
-    return Published(**{**plain, "topology": f"{name}:{workers}"})

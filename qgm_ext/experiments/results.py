@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qgm_ext.experiments import comparison, runfolder
+from qgm_ext.experiments import comparison, comparison_files, runfolder
 from qgm_ext.experiments.comparison import Cell, Comparison, Published, run_name
 from qgm_ext.experiments.config import TrainConfig
 
@@ -337,7 +337,7 @@ def load_plan(folder: Path) -> Comparison:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != comparison.FORMAT:
             raise ValueError(f"it is of version {content.get('format')!r}, this qgm_ext reads {comparison.FORMAT!r}")
-        return comparison.from_dict(content["comparison"])
+        return comparison_files.from_dict(content["comparison"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
 

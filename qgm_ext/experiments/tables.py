@@ -94,6 +94,9 @@ def legend(results: Results) -> list[str]:
             f"Difference to {plan.baseline} in points, with the p value of a paired t test over the seeds; n = {n} is "
             "small, so only large effects come out clear."
         )
+    sources = dict.fromkeys(figure.source for figure in plan.published if figure.source)
+    if sources:
+        lines.append(f"Published figures: {'; '.join(sources)}.")
     if any(not figure.verified for figure in plan.published):
         lines.append("Published figures marked 'not verified' could not be compared with their source.")
     return lines

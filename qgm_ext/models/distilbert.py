@@ -78,7 +78,7 @@ def distilbert(
     return DistilBert(model)
 
 
-def distilbert_small(input_shape: Sequence[int], num_classes: int, vocabulary: int = 8192) -> DistilBert:
+def distilbert_small(input_shape: Sequence[int], num_classes: int, vocabulary: int = 4096) -> DistilBert:
     """A DistilBERT with random weights that a laptop trains: 2 layers of 64 units, without dropout.
 
     Raises: as :func:`distilbert`.

@@ -54,7 +54,7 @@ class MeanEmbedding(nn.Module):
 
 
 def text_mlp(
-    input_shape: Sequence[int], num_classes: int, vocabulary: int = 8192, dim: int = 64, hidden: Sequence[int] = (64,)
+    input_shape: Sequence[int], num_classes: int, vocabulary: int = 4096, dim: int = 32, hidden: Sequence[int] = (64,)
 ) -> nn.Sequential:
     """Build a perceptron on the mean of word vectors, input token numbers [B, L], output logits [B, num_classes].
 
@@ -67,7 +67,7 @@ def text_mlp(
     Raises: TypeError or ValueError if a size is not an integer >= 1.
     Example:
         >>> sum(p.numel() for p in text_mlp((48,), 13).parameters())
-        529293
+        134029
     """
     check_sizes(input_shape=input_shape, num_classes=num_classes, vocabulary=vocabulary, dim=dim, hidden=hidden)
     if len(input_shape) != 1:

@@ -93,10 +93,8 @@ def compare(
     with user_errors():
         plan, folder = _plan(file, preset, resume, out, given)
         if dry_run and plan.published:  # before the data, which need not be there to read them
-            show(
-                console,
-                outcomes.load(folder) if resume else Results(plan, folder, [*outcomes.planned_runs(plan, folder)]),
-            )
+            runs = [*outcomes.planned_runs(plan, folder)]
+            show(console, Results(plan, folder, runs if resume is None else list(map(outcomes.read_run, runs))))
         _load_data(plan, download)
         _announce(console, plan)
     with user_errors(), stop_on_signal() as stop:

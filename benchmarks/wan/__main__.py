@@ -34,7 +34,10 @@ def main() -> int:
     table.add_argument("--hosts", type=int, nargs="+", default=[4, 8])
     table.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT))
     table.add_argument("--seconds", type=float, default=10.0, help="of training, of each method over each link")
-    table.add_argument("--width", type=int, default=640, help="of the two hidden layers of the model")
+    table.add_argument("--width", type=int, default=640, help="of the hidden layers of the model")
+    table.add_argument("--depth", type=int, default=2, help="how many hidden layers it has")
+    # Few samples a step: the hosts share this machine's cores, and the network, not they, is what is tried.
+    table.add_argument("--batch", type=int, default=8, help="samples of a host and step")
     table.add_argument("--short", action="store_true", help="only 100 Mbit/s and 1 ms")
     table.add_argument("--json", help="file for the results")
     table.add_argument("--readme", help="file that gets the table between its marks")
@@ -79,7 +82,7 @@ def _links(given: argparse.Namespace) -> None:
 def _compare(given: argparse.Namespace) -> None:
     results = []
     for network in cases(given.hosts, given.short):
-        results += compare(network, given.methods, given.seconds, given.width)
+        results += compare(network, given.methods, given.seconds, given.width, given.depth, given.batch)
         print(markdown(results[-len(given.methods) :]), file=sys.stderr, flush=True)
     if given.json:
         Path(given.json).write_text(json.dumps(results, indent=1) + "\n")

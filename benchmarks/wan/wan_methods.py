@@ -88,10 +88,20 @@ def _bare(topology: qgm.topology.Topology, dtype: torch.dtype) -> Callable[[nn.M
     return make
 
 
-def _quasi_global(topology: qgm.topology.Topology, message: str = "float32") -> Callable[[nn.Module, float], Trained]:
+def _quasi_global(
+    topology: qgm.topology.Topology, message: str = "float32", overlap: bool = False
+) -> Callable[[nn.Module, float], Trained]:
     def make(model: nn.Module, lr: float) -> Trained:
+        megabytes = sum(p.numel() for p in model.parameters()) * 4e-6
         optimizer = qgm.optim.QGSGD(
-            model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, topology=topology, message=message
+            model.parameters(),
+            lr=lr,
+            momentum=MOMENTUM,
+            nesterov=True,
+            topology=topology,
+            message=message,
+            overlap=overlap,
+            bucket_mb=megabytes / 8 if overlap else 25.0,
         )
 
         def step() -> None:
@@ -119,6 +129,10 @@ METHODS: dict[str, tuple[str, Callable[[int], Callable[[nn.Module, float], Train
     "one_peer_int8": (
         "QG-DSGDm-N, one-peer exponential, int8",
         lambda n: _quasi_global(qgm.topology.one_peer_exponential(n), "int8"),
+    ),
+    "one_peer_overlap": (
+        "QG-DSGDm-N, one-peer exponential, float32, overlap",
+        lambda n: _quasi_global(qgm.topology.one_peer_exponential(n), overlap=True),
     ),
     "bare_ring": ("bare exchange, ring, float32", lambda n: _bare(qgm.topology.ring(n), torch.float32)),
     "bare_one_peer": (

@@ -47,19 +47,23 @@ def cases(hosts: Sequence[int], short: bool) -> list[Network]:
     ]
 
 
-def compare(network: Network, methods: Sequence[str], seconds: float, width: int) -> list[Result]:
+def compare(
+    network: Network, methods: Sequence[str], seconds: float, width: int, depth: int = 2, batch: int = 8
+) -> list[Result]:
     """Run the methods over one network.
 
     Args:
         methods: names of METHODS.
         seconds: of training, of each.
-        width: of the model's hidden layers.
+        width, depth: of the model's hidden layers, and how many there are.
+        batch: samples of a worker and step.
 
     Returns:
         For each method what the workers found, and the network.
     """
     worker = [sys.executable, str(Path(__file__).with_name("wan_worker.py")), "--seconds", str(seconds)]
-    worker += ["--width", str(width), "--hosts", str(network.hosts), "--methods", *methods]
+    worker += ["--width", str(width), "--depth", str(depth), "--batch", str(batch), "--hosts", str(network.hosts)]
+    worker += ["--methods", *methods]
     with Bed(network) as bed:
         limit = 120 + len(methods) * (60 + 4 * seconds)
         outputs = bed.run(lambda host: [*worker, "--rank", str(host)], limit)

@@ -20,23 +20,17 @@ from wan_methods import METHODS, Trained
 
 from qgm_ext import data
 
-# Few samples a step: the hosts share this machine's cores, and the network, not they, is what is tried.
-_BATCH = 8
 _LR = 0.02
 _ALPHA = 1.0
 _WARM_UP, _TIMED = 3, 6
 
 
-def _model(width: int) -> torch.nn.Sequential:
+def _model(width: int, depth: int) -> torch.nn.Sequential:
     torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Flatten(),
-        torch.nn.Linear(64, width),
-        torch.nn.ReLU(),
-        torch.nn.Linear(width, width),
-        torch.nn.ReLU(),
-        torch.nn.Linear(width, 10),
-    )
+    layers: list[torch.nn.Module] = [torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [torch.nn.Linear(width, width), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(width, 10))
 
 
 def _sent() -> int:
@@ -75,6 +69,8 @@ def main() -> None:
     parser.add_argument("--hosts", type=int)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--width", type=int)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--methods", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -87,10 +83,10 @@ def main() -> None:
     )
     dataset = data.load("digits")
     partition = data.dirichlet_partition(dataset.train_y.numpy(), given.hosts, _ALPHA, seed=0)
-    batches = data.WorkerBatches(dataset.train_x, dataset.train_y, partition, _BATCH, seed=0)
+    batches = data.WorkerBatches(dataset.train_x, dataset.train_y, partition, given.batch, seed=0)
     results = []
     for name in given.methods:
-        model = _model(given.width)
+        model = _model(given.width, given.depth)
         run = _Run(METHODS[name][1](given.hosts)(model, _LR), batches, given.rank)
         run.train(_WARM_UP)
         run.train(_TIMED)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +31,13 @@ def is_picture(path: Path) -> bool:
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == ["consensus", "quadratics", "two_workers"]
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == [
+        "consensus",
+        "quadratics",
+        "rosenbrock",
+        "two_workers",
+        "your_own",
+    ]
 
 
 @pytest.mark.parametrize("algorithm", ["dsgd", "qg_dsgdm", "qg_dsgdm_n"])
@@ -78,3 +87,31 @@ def test_quadratics_slow_gossip_down_and_bias_corrected_methods_hardly() -> None
     assert quadratics.steps_to_target(hard, "dsgd", "ring", 0.15, 1000) is None
     assert quadratics.steps_to_target(hard, "d2", "ring", 0.26, 100) is not None
     assert quadratics.steps_to_target(hard, "relaysgd", "chain", 1.0, 200) is not None
+
+
+def test_rosenbrock_needs_momentum_that_does_not_add_up_the_workers_own_pulls(tmp_path: Path) -> None:
+    rosenbrock = example("rosenbrock")
+    paths = {name: rosenbrock.simulate(name) for name in ("dsgd", "dsgdm", "qg_dsgdm")}
+    assert rosenbrock.steps_to(paths["dsgd"], 0.2) is None
+    assert rosenbrock.steps_to(paths["dsgdm"], 0.2) < 1500
+    assert rosenbrock.steps_to(paths["qg_dsgdm"], 0.2) < 1500
+    assert min(rosenbrock.ends(paths["dsgdm"])) > 0.2
+    assert max(rosenbrock.ends(paths["qg_dsgdm"])) < 0.01
+    rosenbrock.main(tmp_path)
+    assert is_picture(tmp_path / "rosenbrock.png")
+
+
+def test_a_method_a_data_set_and_a_model_from_outside_get_their_row(tmp_path: Path) -> None:
+    lines = (EXAMPLES / "your_own.py").read_text().splitlines()
+    code = [line for line in lines if line.strip() and not line.strip().startswith(("import", "from", "#", '"""'))]
+    assert len(code) <= 30
+    assert "qgm compare examples/your_own.toml" in (EXAMPLES / "your_own.md").read_text()
+    words = ["compare", str(EXAMPLES / "your_own.toml"), "--seeds", "2", "--out", str(tmp_path / "out")]
+    ran = subprocess.run(  # in a process of its own: what it registers stays
+        [sys.executable, "-m", "qgm_ext", *words, "--epochs", "2", "--processes", "2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "tanh on rings, ring of 8" in ran.stdout
+    assert re.search(r"fading_dsgdm +\d\d\.\d ± \d", ran.stdout), ran.stdout

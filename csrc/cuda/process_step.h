@@ -1,7 +1,7 @@
 // One worker's step in two halves, around communication, over one flat buffer or a bucket of it:
 // local_step makes the messages that are sent, merge mixes what arrived. Together they give the bits of
-// the fused pass (gossip_step.h). Here a rule's norm is taken from its state after merge, which is read once more for
-// it.
+// the fused pass (gossip_step.h). A rule's norm is taken from its state after merge, which is read once more: a bucket
+// of 25 MB, the default, would have strips for 98,000 threads, fewer than a large GPU holds, and is mostly in L2 still.
 #pragma once
 
 #include <algorithm>

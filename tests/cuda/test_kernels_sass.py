@@ -129,3 +129,23 @@ def test_fused_step_moves_every_element_once(counting: MockModule, dtype: torch.
     tile = [site for site in result.sites if site.space == "shared" and site.size == 16]
     assert tile
     assert sum(site.wavefronts for site in tile) == sum(site.ideal_wavefronts for site in tile)
+
+
+@needs_mock
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda t: str(t)[6:])
+def test_norm_of_a_fused_step_costs_a_sixteenth_of_a_vector(counting: MockModule, dtype: torch.dtype) -> None:
+    n, d = 16, 4 * 4096
+    problem = Problem("qg_dadam", n, d, dtype)
+    x, g, state = problem.views(problem.buffers)
+    counting.runtime.reset(multiprocessors=1, blocks_per_multiprocessor=1)
+    counting.gossip_step(
+        x, g, state, topology.ring(n).mixing(), "qg_dadam", problem.hyper, problem.row_scalars, *problem.block_sums()
+    )
+    results = [launch.result for launch in counting.runtime.launches]
+    wide = n * d * ops.compute_dtype(dtype).itemsize
+    vectors = {"x": n * d * dtype.itemsize, "g": n * d * dtype.itemsize, **{f"state[{k}]": wide for k in range(3)}}
+    for name, size in {**vectors, "lanes[0]": wide // 16}.items():
+        assert sum(result.loaded_bytes[name] for result in results) == size, name
+        assert sum(result.stored_bytes[name] for result in results) == (0 if name == "g" else size), name
+    sectors = sum(result.total("sectors", "global") for result in results)
+    assert sectors <= 1.05 * sum(result.total("ideal_sectors", "global") for result in results)

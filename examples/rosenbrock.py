@@ -3,8 +3,8 @@
     python examples/rosenbrock.py [FOLDER]
 
 f(x, y) = (1 - x)^2 + 100 (y - x^2)^2 has a narrow, curved valley with the minimum at (1, 1). Worker i sees f and a
-constant pull of its own; the pulls, of length two, point in all directions and cancel out, so that f is what the workers
-have in common. They sit on a ring. Without momentum the way along the valley is long. Plain local momentum is fast, but
+constant pull of its own; the pulls, of length two, point in all directions and cancel out, so f is what the workers have
+in common. They sit on a ring. Without momentum the way along the valley is long. Plain local momentum is fast, but
 it adds up each worker's own pull, tenfold with beta 0.9, and circles off the minimum. Quasi-global momentum is as fast
 and settles beside it. Prints distances and writes rosenbrock.png.
 
@@ -68,9 +68,7 @@ def main(folder: Path) -> None:
         path = simulate(algorithm)
         first, (average, workers) = steps_to(path, 0.2), ends(path)
         reached = "never" if first is None else f"after {first} steps"
-        print(
-            f"{label:9} average within 0.2 of the minimum: {reached}; at the end {average:.3f}, workers {workers:.3f} off"
-        )
+        print(f"{label:9} within 0.2 of the minimum: {reached}; at the end {average:.3f} off, workers {workers:.3f}")
         axis.contour(x, y, np.log1p((1 - x) ** 2 + 100 * (y - x * x) ** 2), levels=14, cmap="Greys", linewidths=0.6)
         for worker in range(N):
             axis.plot(*path[:, worker].T, linewidth=0.6, alpha=0.6)

@@ -3,7 +3,7 @@
     python examples/rosenbrock.py [FOLDER]
 
 f(x, y) = (1 - x)^2 + 100 (y - x^2)^2 has a narrow, curved valley with the minimum at (1, 1). Worker i sees f and a
-constant pull of its own; the pulls, of length two, point in all directions and cancel out, so f is what the workers have
+constant pull of its own; the pulls, of length two, point in all directions and cancel out, so f is what workers have
 in common. They sit on a ring. Without momentum the way along the valley is long. Plain local momentum is fast, but
 it adds up each worker's own pull, tenfold with beta 0.9, and circles off the minimum. Quasi-global momentum is as fast
 and settles beside it. Prints distances and writes rosenbrock.png.

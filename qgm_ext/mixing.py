@@ -7,7 +7,7 @@ tensors are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +57,7 @@ class Mixing:
         default_factory=dict, init=False, repr=False
     )
     _relaxed: dict[float, Mixing] = field(default_factory=dict, init=False, repr=False)
+    _without: dict[tuple[int, ...], Mixing] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.form not in ("identity", "mean", "sparse", "dense"):
@@ -206,6 +207,30 @@ class Mixing:
             matrix[np.diag_indices(self.num_workers)] += 1.0 - gamma
             self._relaxed[gamma] = Mixing.from_matrix(matrix)
         return self._relaxed[gamma]
+
+    def without(self, lost: Collection[int]) -> Mixing:
+        """Return W without some workers, the same object on every call with the same of them; with none it is W itself.
+
+        What a worker received from a lost one it gives to itself: w_ii + sum of w_ij over the lost j, in ascending
+        order. A lost worker is alone, w_jj = 1. A symmetric, doubly stochastic W stays so, also among those left.
+
+        Example:
+            >>> Mixing.from_matrix([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]).without([1]).to_matrix()
+            array([[0.75, 0.  , 0.25],
+                   [0.  , 1.  , 0.  ],
+                   [0.25, 0.  , 0.75]])
+        """
+        if not lost:
+            return self
+        gone = tuple(sorted(set(lost)))
+        if gone not in self._without:
+            matrix = self.to_matrix()
+            for j in gone:
+                matrix[np.diag_indices(self.num_workers)] += matrix[:, j]
+                matrix[j, :] = matrix[:, j] = 0.0
+                matrix[j, j] = 1.0
+            self._without[gone] = Mixing.from_matrix(matrix)
+        return self._without[gone]
 
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return W times one number of each worker, [n]; neighbours in ascending order, on every machine alike."""

@@ -24,10 +24,23 @@ GROUP_TIMEOUT = 30.0  # seconds after which a collective gives up
 
 
 @contextlib.contextmanager
-def process_group(rank: int, size: int, store: str) -> Iterator[None]:
-    """The default process group over loopback; a file for a store, so that no two tests compete for a port."""
+def process_group(rank: int, size: int, store: str, of_rank_0: bool = False) -> Iterator[None]:
+    """The default process group over loopback; a file for a store, so that no two tests compete for a port.
+
+    Args:
+        of_rank_0: the store is kept by rank 0, on a port that it writes into the file.
+    """
     timeout = datetime.timedelta(seconds=GROUP_TIMEOUT)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+    made: dist.Store = dist.FileStore(store, size)
+    if of_rank_0:
+        port = 0
+        if rank > 0:
+            port = int(made.get("port").decode())
+        served = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timeout)
+        if rank == 0:
+            made.set("port", str(served.port))
+        made = served
+    dist.init_process_group("gloo", store=made, rank=rank, world_size=size, timeout=timeout)
     try:
         yield
     finally:

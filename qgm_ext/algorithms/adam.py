@@ -35,6 +35,10 @@ class DAdam(AdamAlgorithm):
     source: ClassVar[str] = "Lin et al. 2021, arXiv 2102.04761 (baseline)"
 
     @property
+    def can_lose_workers(self) -> bool:
+        return True
+
+    @property
     def rule(self) -> str:
         return "d_adam"
 
@@ -77,6 +81,10 @@ class DAmsgrad(AdamAlgorithm):
 
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-6
+
+    @property
+    def can_lose_workers(self) -> bool:
+        return True
 
     @property
     def rule(self) -> str:

@@ -212,6 +212,13 @@ class Algorithm:
         """
         return True
 
+    @property
+    def can_lose_workers(self) -> bool:
+        """Whether those that are left may go on with the rest of the mixing matrix: no state or message is a sum over
+        workers, of which a lost one would take its part along, and nothing needs all of them.
+        """
+        return False
+
     def state_rows(self, name: str, topology: Topology) -> int:
         """How many rows a state vector has: one for each worker, unless it belongs to something else."""
         return topology.num_workers

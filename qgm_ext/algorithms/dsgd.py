@@ -33,6 +33,10 @@ class Dsgd(Algorithm):
     source: ClassVar[str] = "Lian et al. 2017, arXiv 1705.09056"
 
     @property
+    def can_lose_workers(self) -> bool:
+        return True
+
+    @property
     def rule(self) -> str:
         return "dsgd"
 
@@ -92,6 +96,10 @@ class Dsgdm(MomentumAlgorithm):
 
     name: ClassVar[str] = "dsgdm"
     source: ClassVar[str] = "Lin et al. 2021, arXiv 2102.04761 (baseline)"
+
+    @property
+    def can_lose_workers(self) -> bool:
+        return True
 
     @property
     def rule(self) -> str:

@@ -64,6 +64,10 @@ class QgDadam(AdamAlgorithm):
             raise ValueError("normalization_eps must be above 0, got 0: a worker that stands still has no direction")
 
     @property
+    def can_lose_workers(self) -> bool:
+        return True
+
+    @property
     def rule(self) -> str:
         return "qg_dadam_v2" if self.variant == "v2" else "qg_dadam"
 

@@ -55,6 +55,10 @@ class QgDsgdm(Algorithm):
             raise ValueError(f"local_step must be an integer of at least 1, got {self.local_step!r}")
 
     @property
+    def can_lose_workers(self) -> bool:
+        return True
+
+    @property
     def rule(self) -> str:
         return self.name if self.local_step == 1 else f"{self.name}_multistep"
 

@@ -14,6 +14,8 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
 - :mod:`~qgm_ext.distributed.communication`: bytes and seconds of steps, ``opt.communication``;
 - :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors, and
   :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
+- :mod:`~qgm_ext.distributed.healing`, :mod:`~qgm_ext.distributed.roll`: going on without lost workers, and how the
+  others agree on who is lost;
 - :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
 - :mod:`qgm_ext.optim.peers`: parameter groups on top of it, and :mod:`qgm_ext.optim.overlap`, steps that begin during
   backward.

@@ -153,6 +153,19 @@ class Exchange:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
+    @property
+    def name(self) -> str:
+        """Of the group."""
+        return "default" if self.group is None else str(self.group.group_name)
+
+    def global_rank(self, peer: int) -> int:
+        """What a worker is called outside of the group."""
+        return self._global_ranks[peer]
+
+    def tag(self, bucket: int, message: Message) -> int:
+        """The tag of a message of a bucket; its length is part of it."""
+        return (bucket * 1_000_003 + message.size) % _TAGS
+
     def batch(
         self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], bucket: int
     ) -> Batch:
@@ -162,9 +175,8 @@ class Exchange:
         ]
         operations = []
         for peer, message, incoming in messages:
-            tag = (bucket * 1_000_003 + message.size) % _TAGS
-            call = dist.irecv if incoming else dist.isend
-            operations.append(dist.P2POp(call, message.buffer, self._global_ranks[peer], group=self.group, tag=tag))
+            call, tag = dist.irecv if incoming else dist.isend, self.tag(bucket, message)
+            operations.append(dist.P2POp(call, message.buffer, self.global_rank(peer), group=self.group, tag=tag))
         return Batch(messages, operations)
 
     def start(self, batch: Batch, stamp: Stamp) -> list[Pending]:
@@ -184,7 +196,7 @@ class Exchange:
         try:
             works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
         except RuntimeError as error:
-            raise self._lost(batch.messages[0][0], stamp, error) from error
+            raise self._lost(self._broken_peer(batch), stamp, error) from error
         if len(works) != len(batch.messages):  # a backend that joins the batch into one
             works = [works[0]] * len(batch.messages)
         return [
@@ -218,6 +230,15 @@ class Exchange:
                 message.check(peer, stamp)
                 self.bytes_received += message.buffer.numel()
         self.seconds += time.perf_counter() - start
+
+    def _broken_peer(self, batch: Batch) -> int:
+        """To whom the connection is broken: the first of a batch with whom no message can be started."""
+        for peer, message, _ in batch.messages:
+            try:
+                dist.irecv(torch.empty_like(message.buffer), self.global_rank(peer), group=self.group, tag=_TAGS)
+            except RuntimeError:
+                return peer
+        return batch.messages[0][0]
 
     def _lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:
         """The error that names the worker that was lost first, as far as the survivors know."""
@@ -258,8 +279,4 @@ class Exchange:
         return peer
 
     def _lost_key(self, rank: int) -> str:
-        return f"{_LOST_KEY}/{self._name}/{rank}"
-
-    @property
-    def _name(self) -> str:
-        return "default" if self.group is None else str(self.group.group_name)
+        return f"{_LOST_KEY}/{self.name}/{rank}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
 from qgm_ext import messages
 
 __all__ = ["RuntimeArguments", "RuntimeOptions", "options_from"]
+
+OnPeerLoss = Literal["raise", "heal"]
 
 
 class RuntimeArguments(TypedDict, total=False):
@@ -24,6 +26,7 @@ class RuntimeArguments(TypedDict, total=False):
     gossip_every: int
     overlap: bool
     message: str
+    on_peer_loss: OnPeerLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,11 @@ class RuntimeOptions:
         message: how messages to neighbours are written: "float32", which is as they are, or "bfloat16" or "int8" with
             error feedback (:mod:`qgm_ext.messages`). Exact means are sent as they are; algorithms that relay sums or
             compress refuse.
+        on_peer_loss: what the others do when a worker is gone. "raise": the step ends with
+            :class:`qgm_ext.distributed.PeerLostError`, on every worker within ``timeout``. "heal": its neighbours give
+            its weight to themselves and training goes on (:mod:`qgm_ext.distributed.healing`); over Gloo, with
+            symmetric topologies, and with algorithms whose state is no sum over workers. The store at which the workers
+            met must outlive the lost one.
 
     Raises:
         TypeError, ValueError: if a value does not fit.
@@ -58,6 +66,7 @@ class RuntimeOptions:
     gossip_every: int = 1
     overlap: bool = False
     message: str = "float32"
+    on_peer_loss: OnPeerLoss = "raise"
 
     def __post_init__(self) -> None:
         _check_positive("timeout", self.timeout)
@@ -71,6 +80,15 @@ class RuntimeOptions:
         every = self.gossip_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"gossip_every must be an integer of at least 1, got {every!r}")
+        if self.on_peer_loss not in get_args(OnPeerLoss):
+            raise ValueError(
+                f"on_peer_loss must be one of {', '.join(get_args(OnPeerLoss))}, got {self.on_peer_loss!r}"
+            )
+        if self.on_peer_loss == "heal" and (self.overlap or self.message != "float32"):
+            raise ValueError(
+                "on_peer_loss='heal' needs overlap=False and message='float32', "
+                f"got overlap={self.overlap} and message={self.message!r}"
+            )
 
     @property
     def bucket_bytes(self) -> int:

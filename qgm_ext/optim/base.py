@@ -110,6 +110,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self.skipped_steps = 0
         self._process_group = group
         self._options = options_from(dict(runtime))
+        if self._options.on_peer_loss == "heal" and on_nonfinite != "ignore":
+            raise ValueError(
+                "on_peer_loss='heal' needs on_nonfinite='ignore', for the others ask all workers in every step, "
+                f"got {on_nonfinite!r}"
+            )
         self._runtime = runtime_for(topology, group, self._options, self.by_passes)
         self._overlap = overlap_for(self, self._runtime)
         self._started = False
@@ -146,6 +151,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
     def last_communication(self) -> Communication:
         """The same of the last step that was taken."""
         return self._runtime.last_communication
+
+    @property
+    def lost_workers(self) -> dict[int, int]:
+        """The workers that are lost (on_peer_loss="heal"), by rank: how many steps this optimizer took with them."""
+        return self._runtime.lost_workers if isinstance(self._runtime, Peers) else {}
 
     @abc.abstractmethod
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:

@@ -23,6 +23,7 @@ from qgm_ext.distributed.agreement import check_agreement, gather_json
 from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay_state_names
 from qgm_ext.distributed.exchange import Exchange
+from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.optim.flat_parameters import FlatParameters
 from qgm_ext.topology import Topology
@@ -65,9 +66,22 @@ class Peers:
         self.exchange = Exchange(group, options.timeout) if running else None
         self.worker = self.exchange.rank if self.exchange is not None else 0
         self._written = messages.make(options.message, [])
-        self._engine = WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes, self._written)
+        self._engine = self._make_engine(topology, options)
         self._number = 0
         self.last_communication = self._counted = Communication()
+
+    def _make_engine(self, topology: Topology, options: RuntimeOptions) -> WorkerEngine:
+        arguments = (topology, self.worker, self.exchange, options.bucket_bytes)
+        if options.on_peer_loss == "raise" or self.exchange is None or self.num_workers == 1:
+            return WorkerEngine(*arguments, self._written)
+        if self.exchange.backend != "gloo":
+            raise ValueError(f"on_peer_loss='heal' needs a process group with gloo, got {self.exchange.backend}")
+        if not topology.is_symmetric:
+            raise ValueError(
+                "on_peer_loss='heal' needs a topology whose mixing matrices are symmetric, so that they stay doubly "
+                f"stochastic without a worker; those of {topology.name!r} are not"
+            )
+        return HealingEngine(topology, self.worker, self.exchange, options.bucket_bytes, options.timeout)
 
     @property
     def communication(self) -> Communication:
@@ -82,6 +96,11 @@ class Peers:
             exchange.bytes_received,
             exchange.seconds,
         )
+
+    @property
+    def lost_workers(self) -> dict[int, int]:
+        """By rank the first step without it."""
+        return self._engine.lost if isinstance(self._engine, HealingEngine) else {}
 
     def state_names(self, algorithm: Algorithm) -> tuple[str, ...]:
         """The state vectors of a parameter, those that hold relayed messages one by one."""
@@ -125,6 +144,11 @@ class Peers:
         messages.make(self.options.message, algorithms)
         for algorithm in algorithms:
             algorithm.check(self.topology, rows)
+            if self.options.on_peer_loss == "heal" and not algorithm.can_lose_workers:
+                raise ValueError(
+                    f"{algorithm.name} can't lose workers: its state or its messages are sums over workers, or it "
+                    "needs all of them; on_peer_loss must be 'raise', got 'heal'"
+                )
             if self.options.gossip_every > 1 and not algorithm.can_skip_gossip:
                 raise ValueError(
                     f"{algorithm.name} needs the other workers in every step, so gossip_every must be 1, "

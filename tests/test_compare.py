@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -378,3 +379,16 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
     wait_until_gone(children)
     assert list(out.glob("runs/*/checkpoint.pt"))
     assert (out / results.CSV).exists()
+
+
+def test_a_folder_whose_first_file_found_no_space_can_be_taken_up(tmp_path, monkeypatch):
+    made = plan(algorithms=["dsgd"], lrs=[0.05], seeds=1)
+    with monkeypatch.context() as patch:
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*comparison\.json'"):
+            compare(made, tmp_path / "out", processes=1)
+    assert compare(made, tmp_path / "out", processes=1, dry_run=True).estimate is not None

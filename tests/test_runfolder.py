@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -200,3 +201,25 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
         torch.save({"x": Evil()}, folder.file(runfolder.CHECKPOINT))
         with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
             folder.load_checkpoint()
+
+
+def full_disk(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("before")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'") as caught:
+        runfolder.write_atomically(path, lambda file: file.write(b"after"))
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("buffering", [0, 1 << 16])
+def test_torchs_error_on_a_full_disk_becomes_the_disks(buffering):
+    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "wb", buffering=buffering) as file:
+        runfolder._save({"x": torch.zeros(100_000)}, file)

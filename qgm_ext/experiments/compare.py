@@ -395,7 +395,6 @@ def _taken(folder: Path, plan: Comparison) -> Iterator[None]:
     try:
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        (folder / results.RUNS).mkdir(exist_ok=True)
         content = {
             "format": comparison.FORMAT,
             "qgm_ext": qgm_ext.__version__,
@@ -403,6 +402,7 @@ def _taken(folder: Path, plan: Comparison) -> Iterator[None]:
         }
         text = runfolder.json_text(content).encode()
         runfolder.write_atomically(folder / results.COMPARISON, lambda file: file.write(text))
+        (folder / results.RUNS).mkdir(exist_ok=True)  # after what makes the folder one that can be taken up again
         yield
     finally:
         os.close(lock)

@@ -63,6 +63,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # that of a write, on a full disk, does not say which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
@@ -175,7 +179,7 @@ class RunFolder:
             content: tensors, numbers, strings and containers of them: what torch.load(weights_only=True) can read.
         """
         self.flush_metrics()
-        write_atomically(self.file(CHECKPOINT), lambda file: torch.save(dict(content), file))
+        write_atomically(self.file(CHECKPOINT), lambda file: _save(dict(content), file))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """What :meth:`save_checkpoint` wrote last, with tensors on the CPU; None before the first.
@@ -222,6 +226,35 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Remembering:
+    """A file that keeps the error of a write: torch.save makes a RuntimeError without the reason of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    """torch.save, but an OSError where the file can't be written, e.g. because the disk is full."""
+    remembering = _Remembering(file)
+    try:
+        torch.save(content, remembering)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if remembering.error is None:
+            raise
+        raise remembering.error from error
 
 
 def json_text(content: Mapping[str, Any]) -> str:

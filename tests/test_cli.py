@@ -162,6 +162,7 @@ def test_train_takes_every_option(tmp_path):
         ("--topology hypercube --workers 12", "n must be a power of two"),
         ("--data digit", "did you mean 'digits'?"),
         ("--model mpl", "did you mean 'mlp'?"),
+        ("--model vgg11 --engine threads", "engine 'threads' can't run vgg11, which draws random numbers in training"),
         ("--lr nan", "lr must be a finite number of at least 0, got nan"),
         ("--lr -0.1", "lr must be a finite number of at least 0, got -0.1"),
         ("--momentum nan", "momentum must be in [0, 1), got nan"),

@@ -190,6 +190,11 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
                 value = value.removeprefix(topology.TREE_PREFIX)
             check_name(name, value, known)
+        if self.engine == "threads" and models.draws(self.model):
+            raise ValueError(
+                f"engine 'threads' can't run {self.model}, which draws random numbers in training (dropout): threads "
+                "would draw in no fixed order; use 'loop' or 'vmap', or leave engine out"
+            )
 
     def _complete_hyper(self) -> dict[str, Any]:
         """The algorithm's hyper-parameters with its defaults filled in, so that a later default can't change a run."""

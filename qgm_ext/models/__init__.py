@@ -14,7 +14,7 @@ from .distilbert import distilbert, distilbert_small
 from .features import declare_feature_layer, feature_layer
 from .mlp import mlp, text_mlp
 from .norms import EvoNormS0
-from .registry import default_engine, get, names, register, takes_texts
+from .registry import default_engine, draws, get, names, register, takes_texts
 from .resnet import resnet18, resnet20
 from .vgg import vgg11
 
@@ -25,6 +25,7 @@ __all__ = [
     "default_engine",
     "distilbert",
     "distilbert_small",
+    "draws",
     "feature_layer",
     "get",
     "lenet",
@@ -47,4 +48,4 @@ for _name, _norm in (("bn", "batch"), ("gn", "group"), ("evonorm", "evonorm")):
 register("vgg11", vgg11, draws=True)
 register("text_mlp", text_mlp, texts=True)
 register("distilbert", distilbert, texts=True, draws=True, batched=False)
-register("distilbert_small", distilbert_small, texts=True, draws=True, batched=False)
+register("distilbert_small", distilbert_small, texts=True, batched=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["default_engine", "get", "names", "register", "takes_texts"]
+__all__ = ["default_engine", "draws", "get", "names", "register", "takes_texts"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ def get(name: str, input_shape: Sequence[int], num_classes: int, **options: Any)
 def takes_texts(name: str) -> bool:
     """Whether the input of a model are token numbers."""
     return _known(name).texts
+
+
+def draws(name: str) -> bool:
+    """Whether a model draws random numbers in training."""
+    return _known(name).draws
 
 
 def default_engine(name: str, device: str) -> str:

@@ -658,7 +658,10 @@ def test_kill_at_random_moments_leaves_a_run_that_goes_on_to_the_same_bits(start
         started = (out / "config.json").exists()
         options = ("--resume", out, "--checkpoint-seconds", 0.02) if started else (*arguments, "--out", out)
         process = start_qgm(*options)
-        process.join(moments.uniform(0.1, 0.7))
+        limit = time.monotonic() + 60
+        while process.is_alive() and not (out / "config.json").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        process.join(moments.uniform(0.0, 0.6))
         kills += process.is_alive()
         process.kill()
         process.join(60)

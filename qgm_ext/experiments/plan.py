@@ -154,7 +154,7 @@ def make(parameters: int, network: Network, algorithm: str = "qg_dsgdm_n", least
     Example:
         >>> best = make(10**6, Network(64, 1e8, 0.001)).recommended
         >>> best.topology, best.message, best.mixing
-        ('one_peer_exponential', 'float32', 1.0)
+        ('one_peer_exponential', 'bfloat16', 1.0)
     """
     _check_count("parameters", parameters)
     algorithms.check_number("least_mixing", least_mixing, low=0.0, high=1.0)

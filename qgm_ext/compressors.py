@@ -331,16 +331,22 @@ class Int8(Compressor):
     """
 
     def compress_(self, values: Tensor, generators: Sequence[torch.Generator] = ()) -> None:
+        values.mul_(self._round_(values))
+
+    @staticmethod
+    def _round_(values: Tensor) -> Tensor:
+        """Make levels of the numbers of each row, in place; returns the scales, [rows, 1]."""
         scale = values.abs().amax(dim=1, keepdim=True) / 127
-        values.div_(torch.where(scale > 0, scale, 1.0)).round_().mul_(scale)
+        values.div_(torch.where(scale > 0, scale, 1.0)).round_()
+        return scale
 
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return d + itemsize  # a byte a number and the scale
 
     def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        scale = values.abs().amax(dim=0, keepdim=True) / 127
-        levels = values / torch.where(scale > 0, scale, 1.0)
-        return torch.cat([_bytes(scale), _bytes(levels.round_().to(torch.int8))])
+        levels = values[None].clone()
+        scale = self._round_(levels)
+        return torch.cat([_bytes(scale), _bytes(levels.to(torch.int8))])
 
     def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
         end = out.element_size()

@@ -277,10 +277,11 @@ class StackedOptimizer:
             ops.relay_step_(self.x, g, state, self._state[part.messages], tensors, counts, part.rule, part.hyper)
             return
         numbers = (part.row_scalars, part.block_sums)
-        if self._rounds(part) and self._written is not None:
+        written = self._format_of(part)
+        if written is not None:
             errors = messages.memories(self._state)
             messages.rounded_gossip_step_(
-                self.x, g, state, errors, part.mixing, self._written, part.rule, part.hyper, *numbers
+                self.x, g, state, errors, part.mixing, written, part.rule, part.hyper, *numbers
             )
             return
         mixing = part.mixing.tensors(self.x.device, compute)
@@ -296,13 +297,14 @@ class StackedOptimizer:
         links = 2 * (len(self.x) - 1) if part.exact_mean else part.mixing.num_links
         if part.message_bytes is not None:
             return links * part.message_bytes
-        if self._rounds(part) and self._written is not None:
-            vector = sum(self._written.message_bytes(length, compute.itemsize) for _, length in self._segments)
+        written = self._format_of(part)
+        if written is not None:
+            vector = sum(written.message_bytes(length, compute.itemsize) for _, length in self._segments)
         return links * vector * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
 
-    def _rounds(self, part: Pass) -> bool:
-        """Whether the messages of a pass are rounded."""
-        return self._written is not None and part.mixing.num_links > 0 and not part.exact_mean
+    def _format_of(self, part: Pass) -> messages.MessageFormat | None:
+        """How the messages of a pass are written; None if they are sent as they are, or none are."""
+        return None if part.exact_mean or part.mixing.num_links == 0 else self._written
 
     @property
     def _num_sent(self) -> int:

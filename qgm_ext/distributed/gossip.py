@@ -53,6 +53,7 @@ class _Bucket(NamedTuple):
 class _Rounded(NamedTuple):
     """Of messages that are rounded on their way, each with its place: what belongs to them besides."""
 
+    written: MessageFormat
     errors: list[Tensor]
     packed: list[Tensor]
     lost: list[Tensor]
@@ -95,7 +96,6 @@ class GossipRound:
     ) -> None:
         self.places = places
         self._rule, self._plan, self._exchange, self._numbers = rule, plan, exchange, numbers
-        self._written = written
         # What the own messages lost by rounding counts in full.
         self._weights = plan.weights if written is None else [*plan.weights, 1.0]
         self._buckets: list[_Bucket] = []
@@ -114,6 +114,7 @@ class GossipRound:
             else:
                 vectors = {peer: list(x.new_empty(count, width, dtype=compute)) for peer in (*incoming, worker)}
                 rounded = _Rounded(
+                    written,
                     [error[place] for error in errors],
                     outgoing.vectors(count, torch.uint8),
                     list(x.new_empty(count, width, dtype=compute)),
@@ -150,10 +151,10 @@ class GossipRound:
         """Make the messages of a bucket, by its place in ``places``, and start their exchange."""
         part = self._buckets[bucket]
         ops.local_step_(part.x, part.g, part.state, part.mine, self._rule, self._hyper, self._row)
-        if part.rounded is not None and self._written is not None:
-            errors, packed, lost, _ = part.rounded
-            for k, message in enumerate(part.mine):
-                self._written.send(message, errors[k], packed[k], lost[k])
+        if part.rounded is not None:
+            places = zip(part.mine, part.rounded.errors, part.rounded.packed, part.rounded.lost, strict=True)
+            for message, error, packed, lost in places:
+                part.rounded.written.send(message, error, packed, lost)
         stamp = Stamp(self._step, self._part, self._numbers[bucket])
         self._sent[bucket] = self._exchange.start(part.batch, stamp)
 
@@ -167,9 +168,9 @@ class GossipRound:
             self._exchange.wait([one for one in pending if one.incoming])
             outgoing += [one for one in pending if not one.incoming]
             x, g, state, _, received, _, rounded = self._buckets[bucket]
-            if rounded is not None and self._written is not None:
+            if rounded is not None:
                 for packed, vector in rounded.incoming:
-                    self._written.read(packed, vector)
+                    rounded.written.read(packed, vector)
             sums = None if self._sums is None else self._sums[blocks_of(self.places[bucket])]
             mean = plan.mean and rounded is None
             ops.merge_(x, g, state, received, self._weights, mean, self._rule, self._hyper, self._row, sums)

@@ -275,32 +275,20 @@ class Training:
             torch.manual_seed(config.seed)
             model = inputs.make_model(config, self.dataset)
             graph = topology.get(config.topology, config.workers)
+            options: dict[str, Any] = {
+                "clip_grad_norm": config.clip,
+                "on_nonfinite": config.on_nonfinite,
+                "message": config.message,
+                "lr": config.lr,
+                **config.hyper,
+            }
             if has_peers():
                 _check_process(config)
-                self._sim: Simulator | ProcessWorker = ProcessWorker(
-                    model.to(self._device, dtype),
-                    graph,
-                    config.algorithm,
-                    clip_grad_norm=config.clip,
-                    on_nonfinite=config.on_nonfinite,
-                    message=config.message,
-                    lr=config.lr,
-                    **config.hyper,
-                )
+                model = model.to(self._device, dtype)
+                self._sim: Simulator | ProcessWorker = ProcessWorker(model, graph, config.algorithm, **options)
             else:
-                self._sim = Simulator(
-                    model,
-                    graph,
-                    config.algorithm,
-                    engine=config.engine,
-                    clip_grad_norm=config.clip,
-                    on_nonfinite=config.on_nonfinite,
-                    message=config.message,
-                    device=self._device,
-                    dtype=dtype,
-                    lr=config.lr,
-                    **config.hyper,
-                )
+                options |= {"engine": config.engine, "device": self._device, "dtype": dtype}
+                self._sim = Simulator(model, graph, config.algorithm, **options)
         self._own_losses: list[Tensor] = []  # of a worker with peers, until they meet for an evaluation
         self.config = config
         self.step = 0

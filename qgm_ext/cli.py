@@ -95,7 +95,9 @@ _WHAT, _HOW, _LENGTH, _MACHINE, _FILES = "What to train", "Optimizer", "Length",
 @app.command()
 def train(
     algorithm: Annotated[str | None, option(_WHAT, "One of `qgm algorithms`.", "qg_dsgdm_n")] = None,
-    topology: Annotated[str | None, option(_WHAT, f"{', '.join(topologies.names())}.", "ring")] = None,
+    topology: Annotated[
+        str | None, option(_WHAT, f"NAME or NAME:WORKERS: {', '.join(topologies.names())}.", "ring")
+    ] = None,
     workers: Annotated[int | None, option(_WHAT, "Number of workers.", "16", "--workers", "-n")] = None,
     data: Annotated[str | None, option(_WHAT, f"{', '.join(datasets.names())}.", "digits")] = None,
     data_root: Annotated[str | None, option(_WHAT, "Folder of the data set's files.", "the usual places")] = None,
@@ -182,6 +184,9 @@ def train(
     console = make_console()
     with contextlib.ExitStack() as stack:
         with user_errors():
+            if topology is not None:
+                given["topology"], number = configs.parse_topology(topology, workers)
+                given |= {} if number is None else {"workers": number}
             processes = stack.enter_context(process_group())
             if processes > 1:
                 console.quiet = int(os.environ["RANK"]) > 0  # one worker speaks for all
@@ -335,15 +340,16 @@ def _show_result(console: Console, result: Result) -> None:
 
 @app.command()
 def topology(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(topologies.names())}.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help=f"NAME or NAME:WORKERS: {', '.join(topologies.names())}.", show_default=False)
+    ],
     workers: Annotated[int | None, option(None, "Number of workers.", "16, social 32", "--workers", "-n")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the graph into this file.", show_default=False)] = None,
 ) -> None:
     """Show a topology: degree, spectral gap, eigenvalues, weights and period; draw it with --png."""
     console = make_console()
     with user_errors():
-        base = configs.canonical_topology(name).removeprefix(topologies.TREE_PREFIX)
-        configs.check_name("topology", base, topologies.names())
+        name, workers = configs.parse_topology(name, workers)
         made = topologies.get(name, configs.default_workers(name) if workers is None else workers)
         facts = made.describe()
         if png is not None:

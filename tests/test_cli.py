@@ -160,6 +160,9 @@ def test_train_takes_every_option(tmp_path):
         ("--algorithm qg_dsgdm_m", "did you mean 'qg_dsgdm_n'?"),
         ("--topology rnig", "did you mean 'ring'?"),
         ("--topology hypercube --workers 12", "n must be a power of two"),
+        ("--topology hypercube:12", "n must be a power of two"),
+        ("--topology ring:many", "topology must be NAME or NAME:WORKERS, e.g. 'ring:16', got 'ring:many'"),
+        ("--topology ring:8 --workers 4", "topology 'ring:8' has 8 workers, and workers is 4; say the number once"),
         ("--data digit", "did you mean 'digits'?"),
         ("--model mpl", "did you mean 'mlp'?"),
         ("--model vgg11 --engine threads", "engine 'threads' can't run vgg11, which draws random numbers in training"),
@@ -313,10 +316,24 @@ def test_topology_shows_each_step_of_a_time_varying_one():
     assert re.search(r"period +never repeats", qgm("topology", "random_matching", "-n", 4)[1])
 
 
+@pytest.mark.parametrize("words", ["ring -n 4", "ring:4", "Ring:4 -n 4"])
+def test_topology_and_train_take_the_number_of_workers_either_way(words, tmp_path):
+    assert "ring of 4 workers" in qgm("topology", *words.split())[1]
+    small = (*SMALL[2:], "--steps", 1, "--out", tmp_path)
+    assert qgm("train", "--topology", *words.split(), *small)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (config["topology"], config["workers"]) == ("ring", 4)
+    assert qgm("train", "--resume", tmp_path, "--topology", "ring:4")[0] == 0
+    assert "workers is 4 in the run, 8 was given" in fails("train", "--resume", tmp_path, "--topology", "ring:8")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("rnig", "did you mean 'ring'?"),
+        ("rnig:4", "did you mean 'ring'?"),
+        ("ring:0", "topology must be NAME or NAME:WORKERS, e.g. 'ring:16', got 'ring:0'"),
+        ("ring:8 -n 4", "topology 'ring:8' has 8 workers, and workers is 4"),
         ("ring -n 0", "must be at least 1, got 0"),
         ("social -n 5", "n must be 32 for the social network, got 5"),
         ("ring --png /nowhere/ring.png", "/nowhere/ring.png"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from qgm_ext import topology
 from qgm_ext.experiments.comparison import Comparison, Method, Published, check_keys
-from qgm_ext.experiments.config import canonical_topology, check_name, default_workers
+from qgm_ext.experiments.config import canonical_topology, check_name, default_workers, parse_topology
 from qgm_ext.experiments.plugins import load_plugins
 
 if sys.version_info >= (3, 11):
@@ -168,15 +168,11 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 def _topology(text: str) -> tuple[str, int]:
     """("ring", 16) from "ring:16"."""
-    name, colon, count = text.partition(":")
-    name = canonical_topology(name)
-    check_name("topologies", name.removeprefix(topology.TREE_PREFIX), topology.names())
-    if not colon:
+    name, workers = parse_topology(text, what="topologies")
+    if workers is None:
         return name, default_workers(name)
-    if not (count.isascii() and count.isdigit()) or int(count) < 1:
-        raise ValueError(f"topologies must be NAME or NAME:WORKERS, e.g. 'ring:16', got {text!r}")
-    topology.get(name, int(count))  # raises where the topology asks something of the number
-    return name, int(count)
+    topology.get(name, workers)  # raises where the topology asks something of the number
+    return name, workers
 
 
 def _hyper(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from qgm_ext.experiments import schedules
 from qgm_ext.simulator import EngineChoice
 from qgm_ext.stacked import OnNonfinite
 
-__all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse", "parse_hyper"]
+__all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse", "parse_hyper", "parse_topology"]
 
 CONFIG_FORMAT = "qgm_ext.train/3"
 
@@ -353,6 +353,36 @@ def _own_default(cls: type[algorithms.Algorithm], name: str, default: float) -> 
 def canonical_topology(name: str) -> str:
     """A topology's name as :func:`qgm_ext.topology.names` spells it; "-" and "_" are the same there."""
     return str(name).strip().lower().replace("-", "_")
+
+
+def parse_topology(text: str, workers: int | None = None, *, what: str = "topology") -> tuple[str, int | None]:
+    """Name and number of workers from NAME or NAME:WORKERS.
+
+    Args:
+        text: the one or the other.
+        workers: the number, where it is said apart as well.
+        what: what the text is called in errors.
+
+    Returns:
+        The name as :func:`qgm_ext.topology.names` has it, and the number, None if nothing says it.
+
+    Raises:
+        ValueError: if there is no such topology, the number is none, or ``workers`` is another.
+
+    Example:
+        >>> parse_topology("ring:16"), parse_topology("one-peer-exponential")
+        (('ring', 16), ('one_peer_exponential', None))
+    """
+    name, colon, count = text.partition(":")
+    name = canonical_topology(name)
+    check_name(what, name.removeprefix(topology.TREE_PREFIX), topology.names())
+    if not colon:
+        return name, workers
+    if not (count.isascii() and count.isdigit()) or int(count) < 1:
+        raise ValueError(f"{what} must be NAME or NAME:WORKERS, e.g. 'ring:16', got {text!r}")
+    if workers is not None and workers != int(count):
+        raise ValueError(f"{what} {text!r} has {count} workers, and workers is {workers}; say the number once")
+    return name, int(count)
 
 
 def default_workers(name: str) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from conftest import paired_minimum, report
+from conftest import paired_minimum, report, size
 from qgm_ext import models, topology
 from qgm_ext.simulator import Simulator
 
@@ -118,3 +118,31 @@ def test_simulator(benchmark, name, threads):
         ratio_to_plain_loop=times["plain loop"] / times[best],
     )
     benchmark.pedantic(sims[best].step, (F.cross_entropy, batches), rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation(benchmark, name):
+    """Simulator.evaluate against the same models asked one after the other, batches of 1024."""
+    torch.manual_seed(0)
+    sim = Simulator(MODELS[name](), topology.ring(4), "dsgd", lr=LR)
+    x, y = torch.randn(size(10_000), *SHAPE), torch.randint(0, CLASSES, (size(10_000),))
+
+    @torch.no_grad()
+    def plain() -> list[float]:
+        models = [*sim.models, sim.average_model()]
+        return [
+            sum((model(xs).argmax(1) == ys).sum().item() for xs, ys in zip(x.split(1024), y.split(1024), strict=True))
+            / len(x)
+            for model in models
+        ]
+
+    found = sim.evaluate(x, y)
+    assert [*found.accuracy_local, found.accuracy_average] == pytest.approx(plain(), abs=2 / len(x))
+    times = paired_minimum({"plain": plain, "Simulator": lambda: sim.evaluate(x, y)}, rounds=3)
+    report(
+        f"Microseconds per model and image of evaluation, 5 models, {len(x):,} images",
+        model=name,
+        **{way: f"{seconds / 5 / len(x) * 1e6:.1f}" for way, seconds in times.items()},
+        **{"plain / Simulator": f"{times['plain'] / times['Simulator']:.2f}"},
+    )
+    benchmark.pedantic(sim.evaluate, (x, y), rounds=1)

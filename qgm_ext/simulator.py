@@ -279,7 +279,7 @@ class Simulator:
         self,
         x: Samples,
         y: Tensor,
-        batch_size: int = 1024,
+        batch_size: int = 256,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> Evaluation:
         """Accuracy and loss of every local model and of the average model, in evaluation mode.

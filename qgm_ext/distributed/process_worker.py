@@ -124,7 +124,7 @@ class ProcessWorker:
         self,
         x: Samples,
         y: Tensor,
-        batch_size: int = 1024,
+        batch_size: int = 256,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> Evaluation:
         """Accuracy and loss of every local model and of the average model, the same on all workers.

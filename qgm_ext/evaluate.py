@@ -6,6 +6,7 @@ said by :meth:`qgm_ext.simulator.Simulator.evaluate`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Evaluation", "Samples", "accuracy_and_loss", "evaluation_mode"]
+__all__ = ["Evaluation", "Samples", "accuracies_and_losses", "accuracy_and_loss", "evaluation_mode"]
 
 
 @runtime_checkable
@@ -104,6 +105,29 @@ def accuracy_and_loss(
             correct += (scores.argmax(1) == targets).sum()
             total += loss_fn(scores, targets).double() * len(inputs)
     return correct.item() / y.numel(), total.item() / len(x)
+
+
+def accuracies_and_losses(
+    models: Sequence[nn.Module], x: Samples, y: Tensor, batch_size: int, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> list[tuple[float, float]]:
+    """:func:`accuracy_and_loss` of each of the models, copies of one module.
+
+    Those that equal the first in all parameters and buffers, as all do at the start, take its result.
+    """
+    first, *others = models
+    result = accuracy_and_loss(first, x, y, batch_size, loss_fn)
+    return [result] + [
+        result if _equal(model, first) else accuracy_and_loss(model, x, y, batch_size, loss_fn) for model in others
+    ]
+
+
+def _equal(model: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(
+        itertools.chain(model.parameters(), model.buffers()),
+        itertools.chain(other.parameters(), other.buffers()),
+        strict=True,
+    )
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def _channels_last(inputs: Tensor) -> Tensor:

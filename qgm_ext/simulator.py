@@ -22,7 +22,7 @@ from qgm_ext import engines, ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.cross_gradients import CrossOptimizer, make_optimizer
 from qgm_ext.engines import BufferSnapshot, Closure, Engine, Workers
-from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
+from qgm_ext.evaluate import Evaluation, Samples, accuracies_and_losses, evaluation_mode
 from qgm_ext.flat import FlatLayout
 from qgm_ext.stacked import OnNonfinite
 from qgm_ext.timing import Timer, Timings
@@ -310,7 +310,7 @@ class Simulator:
         with self._timer.phase("evaluation"):
             models = [*self.models, self.average_model()]
             with evaluation_mode(models):
-                results = [accuracy_and_loss(model, x, y, batch_size, loss_fn) for model in models]
+                results = accuracies_and_losses(models, x, y, batch_size, loss_fn)
             accuracies, losses = zip(*results, strict=True)
             return Evaluation(
                 accuracies[:-1], losses[:-1], accuracies[-1], losses[-1], self.opt.consensus_distance(), len(x)

@@ -343,6 +343,25 @@ def test_evaluation_numbers_by_hand():
     assert found.num_samples == 3
 
 
+def test_evaluate_asks_equal_workers_once():
+    # A buffer that differs makes a worker differ; the average of equal rows is another model only by its rounding.
+    sim = Simulator(batch_norm(), topology.ring(4), "dsgd", lr=0.1)
+    x, y = (t.flatten(0, 1) for t in data(0, 2))
+    asked = []
+    for worker, model in enumerate(sim.models):
+        model.eval()
+        model.register_forward_hook(lambda *_, worker=worker: asked.append(worker))
+    sim.evaluate(x, y)
+    assert set(asked) == {0}
+    with torch.no_grad():
+        dict(sim.models[2].named_buffers())["1.running_mean"] += 1.0
+    asked.clear()
+    found = sim.evaluate(x, y)
+    assert set(asked) == {0, 2}
+    assert found.loss_local[2] != found.loss_local[0]
+    assert found.loss_local[1] == found.loss_local[3] == found.loss_local[0]
+
+
 def test_evaluate_uses_evaluation_mode_and_puts_every_mode_back():
     sim = Simulator(nn.Sequential(nn.Dropout(0.5), batch_norm()), topology.ring(2), "dsgd", lr=0.1)
     sim.models[1][1].eval()

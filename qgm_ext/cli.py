@@ -42,7 +42,7 @@ from qgm_ext.cli_support import (
     user_errors,
 )
 from qgm_ext.data import augment as augmentation
-from qgm_ext.distributed import PeerLostError
+from qgm_ext.distributed import PeerLostError, timeline
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import doctor as medicine
@@ -158,6 +158,9 @@ def train(
     resume: Annotated[Path | None, option(_FILES, "Continue the run in this folder.")] = None,
     tensorboard: Annotated[bool, option(_FILES, "Write TensorBoard events, too.", None, "--tensorboard")] = False,
     checkpoint_seconds: Annotated[float, option(_FILES, "Seconds between checkpoints.", "5")] = 5.0,
+    trace: Annotated[
+        int | None, option(_FILES, "Timeline of so many steps, into OUT/trace.json; under torchrun.", "none")
+    ] = None,
 ) -> None:
     """Train n workers on one machine and show how good their models are.
 
@@ -188,6 +191,11 @@ def train(
                 given["topology"], number = configs.parse_topology(topology, workers)
                 given |= {} if number is None else {"workers": number}
             processes = stack.enter_context(process_group())
+            if trace is not None and (processes == 1 or trace < 1 or (out is None and resume is None)):
+                raise ValueError(
+                    "--trace must be at least 1, and shows in OUT how processes wait for each other: start at least "
+                    f"two by torchrun with --out, got --trace {trace}, {processes} processes and --out {out}"
+                )
             if processes > 1:
                 console.quiet = int(os.environ["RANK"]) > 0  # one worker speaks for all
                 if out is not None and resume is None and _is_started_again(out):
@@ -215,11 +223,12 @@ def train(
                 training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
             stack.enter_context(training)
         folder = out or resume
+        traced = None if trace is None or folder is None else timeline.trace_steps(folder / "trace.json", trace)
         # Workers in processes of their own would stop at different steps, and wait for each other.
         stopping = stop_on_signal() if processes == 1 else contextlib.nullcontext(Stop())
-        with _run_errors(folder), stopping as stop:
+        with _run_errors(folder), stopping as stop, traced or contextlib.nullcontext(lambda: None) as after_step:
             _announce(console, training)
-            result = _run(console, training, stop)
+            result = _run(console, training, stop, after_step)
         if not result.finished:
             _say_interrupted(training, folder, stop)
             raise typer.Exit(128 + stop.signals[0])
@@ -267,10 +276,11 @@ def _announce(console: Console, training: Training) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _run(console: Console, training: Training, stop: Callable[[], bool]) -> Result:
+def _run(console: Console, training: Training, stop: Callable[[], bool], after_step: Callable[[], object]) -> Result:
     """Run it under a progress bar, or, where there is no terminal, with a line for each evaluation."""
     if not console.is_terminal:
         return training.run(
+            on_step=lambda _: after_step(),
             on_evaluation=lambda record: console.print(
                 _progress_text(record, training), markup=False, highlight=False, soft_wrap=True
             ),
@@ -285,8 +295,13 @@ def _run(console: Console, training: Training, stop: Callable[[], bool]) -> Resu
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=training.num_steps, completed=training.step)
+
+        def on_step(step: int) -> None:
+            progress.update(task, completed=step)
+            after_step()
+
         return training.run(
-            on_step=lambda step: progress.update(task, completed=step),
+            on_step=on_step,
             on_evaluation=lambda record: progress.update(task, description=_accuracy_text(record)),
             should_stop=stop,
         )

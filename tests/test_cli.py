@@ -196,6 +196,7 @@ def test_train_takes_every_option(tmp_path):
         ("--hyper local_step=two", "local_step must be an integer of at least 1, got 'two'"),
         ("--hyper momentum=nan", "momentum must be in [0, 1), got nan"),
         ("--tensorboard", "tensorboard needs an out folder"),
+        ("--trace 2", "start at least two by torchrun with --out, got --trace 2, 1 processes"),
         ("--checkpoint-seconds -1", "checkpoint_seconds must be a finite number of at least 0"),
         ("--data mnist --data-root /nowhere", "To get them:"),
         ("--resume /nowhere", "there is no run to resume in /nowhere"),

@@ -102,7 +102,7 @@ def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:
     """The command line: one process speaks, and the files are those of a run in one process."""
     options = ["--num-train", "300", "--steps", "3", "--batch", "4", "--alpha", "1", "--threads", "1"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "qgm_ext", "train", *options, "--out", str(tmp_path / "run")]
+    command = [*launch, "-m", "qgm_ext", "train", *options, "--out", str(tmp_path / "run"), "--trace", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -117,6 +117,7 @@ def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:
         "metrics.jsonl",
         "partition.npz",
         "summary.json",
+        "trace.json",
         "worker-0-of-2",
         "worker-1-of-2",
     ]
@@ -124,5 +125,8 @@ def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:
         own = [json.loads(line) for line in (tmp_path / "run" / f"worker-{rank}-of-2" / "metrics.jsonl").open()]
         assert [record["worker"] for record in own] == [rank, rank]
         assert 2 * own[-1]["bytes_sent"] == json.loads(lines[-1])["bytes_sent"] > 0
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    for name in ("backward", "qgm_ext: send bucket 0", "qgm_ext::merge_"):
+        assert sorted(event["pid"] for event in events if event["name"] == name) == [0, 1], name
     with pytest.raises(ValueError, match="has a process for each worker; resume it with torchrun"):
         resume(tmp_path / "run")

@@ -16,6 +16,7 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
   :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
 - :mod:`~qgm_ext.distributed.healing`, :mod:`~qgm_ext.distributed.roll`: going on without lost workers, and how the
   others agree on who is lost;
+- :mod:`~qgm_ext.distributed.timeline`: :func:`trace`, a picture of what all workers do in their steps;
 - :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
 - :mod:`qgm_ext.optim.peers`: parameter groups on top of it, and :mod:`qgm_ext.optim.overlap`, steps that begin during
   backward.
@@ -31,5 +32,6 @@ from qgm_ext.distributed.agreement import DisagreementError
 from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.exchange import MessageError, PeerLostError
 from qgm_ext.distributed.options import RuntimeOptions
+from qgm_ext.distributed.timeline import trace
 
-__all__ = ["Communication", "DisagreementError", "MessageError", "PeerLostError", "RuntimeOptions"]
+__all__ = ["Communication", "DisagreementError", "MessageError", "PeerLostError", "RuntimeOptions", "trace"]

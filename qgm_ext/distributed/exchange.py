@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from qgm_ext.distributed.timeline import span
+
 __all__ = ["Exchange", "Message", "MessageError", "PeerLostError", "Stamp"]
 
 _HEADER = 64  # bytes, so that the vectors behind it are aligned
@@ -194,7 +196,8 @@ class Exchange:
                 stamped = message
             self.bytes_sent += message.buffer.numel()
         try:
-            works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
+            with span("send", stamp):
+                works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
         except RuntimeError as error:
             raise self._lost(self._broken_peer(batch), stamp, error) from error
         if len(works) != len(batch.messages):  # a backend that joins the batch into one
@@ -220,10 +223,11 @@ class Exchange:
         start = time.perf_counter()
         for work, peer, message, stamp, incoming in pending:
             try:
-                if self.backend == "gloo":
-                    work.wait(self._timeout)
-                else:
-                    work.wait()
+                with span("wait for" if incoming else "finish sending to", stamp, peer):
+                    if self.backend == "gloo":
+                        work.wait(self._timeout)
+                    else:
+                        work.wait()
             except RuntimeError as error:
                 raise self._lost(peer, stamp, error) from error
             if incoming:

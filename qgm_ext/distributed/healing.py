@@ -33,6 +33,7 @@ from qgm_ext.distributed.engine import Place, Vectors, WorkerEngine
 from qgm_ext.distributed.exchange import Exchange, Message, MessageError, PeerLostError, Stamp
 from qgm_ext.distributed.gossip import blocks_of
 from qgm_ext.distributed.roll import Excluded, GaveUp, Loss, Roll
+from qgm_ext.distributed.timeline import span
 from qgm_ext.topology import Topology
 
 __all__ = ["HealingEngine"]
@@ -110,9 +111,11 @@ class HealingEngine(WorkerEngine):
             ops.local_step_(x[0, bucket], g[0, bucket], pieces, mine, part.rule, part.hyper, row)
             for peer, slot in slots.items():
                 incoming[peer].append(self._message(x.device, size, stamp.bucket, peer * _BUFFERS + slot))
-            self._start_bucket(plan.receivers, outgoing[-1], incoming, stamp)
+            with span("send", stamp):
+                self._start_bucket(plan.receivers, outgoing[-1], incoming, stamp)
         try:
-            self._collect(plan.receivers, incoming, turn, stamps)
+            with span("wait from", stamps[0]):
+                self._collect(plan.receivers, incoming, turn, stamps)
         except (MessageError, PeerLostError):
             self._give_up()
             raise

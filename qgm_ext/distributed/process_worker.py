@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from qgm_ext import ops
 from qgm_ext.engines import BufferSnapshot
@@ -97,7 +98,8 @@ class ProcessWorker:
         with self._timer.phase("gradient"):
             self.opt.zero_grad()
             loss = loss_fn(self.model(x), y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with record_function("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
         self.opt.param_groups[0]["lr"] = lr
         taken = False
         try:

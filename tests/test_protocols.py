@@ -93,7 +93,7 @@ def test_augmentation_does_not_depend_on_the_engine(tmp_path: Path) -> None:
             **SMALL, data="cifar10", data_root=str(tmp_path), partition="iid", augment="erasing", engine=engine
         )
         with Training(config) as training:
-            seen.append(training._batches.at(3)[0])
+            seen.append(training._inputs.batches.at(3)[0])
     assert torch.equal(*seen)
 
 

@@ -1,18 +1,136 @@
-"""What a run is made from, by its config: the data set, its split over workers, and the model before training."""
+"""What a run is made from, by its config: data, their split over workers, batches, step sizes, model and simulator.
+
+Nothing here knows of steps done, measurements or files; those are :mod:`qgm_ext.experiments.train`'s.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from qgm_ext import data, models
+from qgm_ext import data, models, ops, topology
+from qgm_ext.data import augment
+from qgm_ext.data.datasets import subset
+from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments.config import TrainConfig
+from qgm_ext.experiments.schedules import Schedule
+from qgm_ext.experiments.worker_files import has_peers
+from qgm_ext.simulator import Simulator
 
-__all__ = ["describe_partition", "load_data", "make_model", "make_partition", "placed"]
+__all__ = [
+    "Inputs",
+    "build",
+    "describe_partition",
+    "load_data",
+    "make_model",
+    "make_partition",
+    "placed",
+    "torch_threads",
+]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run trains with.
+
+    Args:
+        config: complete.
+        device: where it runs.
+        dataset, partition: the data and their split.
+        validation_indices: positions in the training set of the samples held out for validation, ascending.
+        test, validation: samples and labels to evaluate on, on the device.
+        batches: those of every worker and step.
+        schedule: the step sizes.
+        num_steps: length of the run.
+        sim: the workers, or, in a process group, the one of this process.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    dataset: data.Dataset
+    partition: data.Partition
+    validation_indices: npt.NDArray[np.int64]
+    test: tuple[Tensor | data.ImageFiles, Tensor]
+    validation: tuple[Tensor | data.ImageFiles, Tensor]
+    batches: data.WorkerBatches
+    schedule: Schedule
+    num_steps: int
+    sim: Simulator | ProcessWorker
+
+
+def build(config: TrainConfig, partition: data.Partition | None = None) -> Inputs:
+    """Load the data and build the rest; what fails here has left nothing behind.
+
+    Args:
+        config: what to build.
+        partition: of the data, if it has been drawn before.
+
+    Raises: as :func:`qgm_ext.experiments.train.run`.
+    """
+    device = _device(config.device)
+    dataset = load_data(config)
+    kept, validation_indices = data.hold_out(len(dataset.train_y), config.validation, config.seed)
+    if partition is None:
+        partition = make_partition(config, dataset, kept)
+    dtype = config.torch_dtype()
+    train_x, test_x = (placed(x, device, dtype) for x in (dataset.train_x, dataset.test_x))
+    train_y = dataset.train_y.to(device)
+    held_out = torch.from_numpy(validation_indices).to(device)
+    changes = augment.make(config.augment, dataset)
+    batches = data.WorkerBatches(train_x, train_y, partition, config.batch, config.seed, changes)
+    num_steps = config.num_steps(batches.steps_per_epoch)
+    warmup = round(config.warmup_epochs * batches.steps_per_epoch)
+    if warmup > num_steps:
+        raise ValueError(f"warmup_epochs must fit into the {num_steps} steps of the run, got {warmup} steps")
+    schedule = Schedule(
+        name=config.schedule,
+        lr=config.peak_lr,
+        num_steps=num_steps,
+        warmup_steps=warmup,
+        warmup_from=config.warmup_from,
+        milestones=config.milestones,
+    )
+    return Inputs(
+        config=config,
+        device=device,
+        dataset=dataset,
+        partition=partition,
+        validation_indices=validation_indices,
+        test=(test_x, dataset.test_y.to(device)),
+        validation=(subset(train_x, held_out), train_y[held_out]),
+        batches=batches,
+        schedule=schedule,
+        num_steps=num_steps,
+        sim=_make_simulator(config, dataset, device),
+    )
+
+
+def _make_simulator(config: TrainConfig, dataset: data.Dataset, device: torch.device) -> Simulator | ProcessWorker:
+    dtype = config.torch_dtype()
+    with torch.random.fork_rng(devices=[]), torch_threads(config.threads):
+        torch.manual_seed(config.seed)
+        model = make_model(config, dataset)
+        graph = topology.get(config.topology, config.workers)
+        options: dict[str, Any] = {
+            "clip_grad_norm": config.clip,
+            "on_nonfinite": config.on_nonfinite,
+            "message": config.message,
+            "lr": config.lr,
+            **config.hyper,
+        }
+        if has_peers():
+            _check_process(config)
+            return ProcessWorker(model.to(device, dtype), graph, config.algorithm, **options)
+        options |= {"engine": config.engine, "device": device, "dtype": dtype}
+        return Simulator(model, graph, config.algorithm, **options)
 
 
 def load_data(config: TrainConfig) -> data.Dataset:
@@ -62,3 +180,44 @@ def describe_partition(config: TrainConfig) -> str:
     if config.partition == "classes":
         return f"{config.classes_per_worker} classes per worker"
     return f"alpha {config.alpha:g}" if config.partition == "dirichlet" else config.partition
+
+
+def _check_process(config: TrainConfig) -> None:
+    """Refuse what a worker in a process of its own can't do."""
+    if config.workers != dist.get_world_size():
+        raise ValueError(
+            f"workers must be the number of processes, {dist.get_world_size()}, got {config.workers}: one process is "
+            "one worker"
+        )
+    if config.device != "cpu":
+        raise ValueError(f"device must be 'cpu' where each worker has a process of its own, got {config.device!r}")
+    if config.engine not in ("loop", "threads"):
+        raise ValueError(
+            f"engine must be 'loop' or 'threads' where each worker has a process of its own, got {config.engine!r}"
+        )
+
+
+def _device(name: str) -> torch.device:
+    """The device, if kernels for it are built and it is there."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} needs a CUDA device and a torch with CUDA, but torch finds none")
+        if not ops.has_native("cuda"):
+            raise ValueError(f"device {name!r} needs qgm_ext._cuda: QGM_CUDA=1 pip install . where nvcc is")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {name!r}")
+    return device
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads in torch and in our kernels, for the moment."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

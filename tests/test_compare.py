@@ -15,10 +15,12 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from qgm_ext import evaluate
 from qgm_ext.cli import app
-from qgm_ext.experiments import results, run, runfolder
+from qgm_ext.experiments import compare_worker, results, run, runfolder
 from qgm_ext.experiments.compare import CompareError, compare
 from qgm_ext.experiments.comparison_files import from_dict
+from qgm_ext.experiments.config import TrainConfig
 
 TRAIN = {"num_train": 200, "batch": 8, "steps": 12}
 PLAIN = {"algorithms": ["dsgd", "qg_dsgdm_n"], "topologies": ["ring:4"], "lrs": [0.05, 0.2], "seeds": 2, "train": TRAIN}
@@ -392,3 +394,25 @@ def test_a_folder_whose_first_file_found_no_space_can_be_taken_up(tmp_path, monk
         with pytest.raises(OSError, match=r"No space left on device: '.*comparison\.json'"):
             compare(made, tmp_path / "out", processes=1)
     assert compare(made, tmp_path / "out", processes=1, dry_run=True).estimate is not None
+
+
+def test_calibration_measures_evaluations_of_workers_that_differ(monkeypatch):
+    # Before the first step all workers are equal, and one of them is evaluated; later ones cost n models.
+    asked = []
+    accuracy = evaluate.accuracy_and_loss
+    monkeypatch.setattr(
+        evaluate, "accuracy_and_loss", lambda *args: asked.append(time.perf_counter()) or accuracy(*args)
+    )
+    config = TrainConfig(data="digits", algorithm="dsgd", workers=4, epochs=1, validation=0.1)
+    begin = time.perf_counter()
+    found = compare_worker.calibrate(config)
+    assert len(asked) == 1 + 1 + 2 * 5  # one of five equal models on either set, then four and their average
+    assert 0 < found["evaluation"] < time.perf_counter() - begin
+    assert found["evaluations"] == 1
+    assert found["steps"] > 4
+
+
+def test_calibration_takes_a_step_however_long_the_evaluation_took(monkeypatch):
+    monkeypatch.setattr(compare_worker, "_CALIBRATION_SECONDS", 0.0)
+    found = compare_worker.calibrate(TrainConfig(data="digits", algorithm="dsgd", workers=4, epochs=1))
+    assert found["step"] > 0

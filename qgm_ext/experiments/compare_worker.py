@@ -134,27 +134,31 @@ def calibrate(config: TrainConfig) -> Answer:
     with Training(config) as training:
         setup = time.perf_counter() - begin
         times: list[float] = []
-        evaluation: list[float] = []
+        first: list[float] = []  # the evaluation before the first step, of equal workers, takes less than later ones
         run_begin = time.perf_counter()
 
         def enough() -> bool:
-            return len(times) >= _CALIBRATION_STEPS or time.perf_counter() - run_begin > _CALIBRATION_SECONDS
+            slow = time.perf_counter() - run_begin > _CALIBRATION_SECONDS
+            return len(times) >= _CALIBRATION_STEPS or (slow and bool(times))
 
         with contextlib.suppress(NonFiniteGradientError):  # a diverging run is as fast as any other, and shorter
             training.run(
                 on_step=lambda _: times.append(time.perf_counter()),
-                on_evaluation=lambda _: evaluation.append(time.perf_counter() - run_begin),
+                on_evaluation=lambda _: first.append(time.perf_counter() - run_begin),
                 should_stop=enough,
             )
         steps = [after - before for before, after in itertools.pairwise(times)]
-        step = min(steps) if steps else (times[0] - run_begin - evaluation[0] if times else 0.0)
+        # times is empty if the gradients of the first step were not finite
+        step = min(steps) if steps else (times[0] - run_begin - first[0] if times else 0.0)
+        evaluation_begin = time.perf_counter()
+        training.evaluate()
         return {
             "kind": "measured",
-            "setup": setup,
+            "setup": setup + first[0],
             "step": step,
-            "evaluation": evaluation[0],
+            "evaluation": time.perf_counter() - evaluation_begin,
             "steps": training.num_steps,
-            "evaluations": 1 + -(-training.num_steps // (config.eval_every * training.steps_per_epoch)),
+            "evaluations": -(-training.num_steps // (config.eval_every * training.steps_per_epoch)),
         }
 
 

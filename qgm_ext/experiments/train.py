@@ -336,6 +336,10 @@ class Training:
                 self._write_outcome(self._folder, result)
             return result
 
+    def evaluate(self) -> Record:
+        """Measure the models as they are now, in memory only; :meth:`run` does so by itself, and writes it down."""
+        return self._recorder.evaluate(self.step)
+
     def close(self) -> None:
         """Give up the folder."""
         self._stack.close()

@@ -11,7 +11,6 @@ not on the other rows, the device or what was drawn before (:func:`generator`).
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qgm_ext import ops
+from qgm_ext.hints import did_you_mean
 
 __all__ = [
     "NAMES",
@@ -376,8 +376,7 @@ def make(name: str, *, ratio: float = 0.75, bits: int = 7) -> Compressor:
         "top_k": TopK(ratio),
     }
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NAMES)}"
+        hint = did_you_mean(name, known, f"there are {', '.join(NAMES)}")
         raise ValueError(f"compressor {name!r} is not known, {hint}")
     return known[name]
 

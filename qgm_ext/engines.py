@@ -18,7 +18,6 @@ What is done with the gradients is the business of :mod:`qgm_ext.simulator`.
 
 from __future__ import annotations
 
-import difflib
 import random
 import time
 from collections import deque
@@ -34,6 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+
+from qgm_ext.hints import did_you_mean
 
 __all__ = [
     "NAMES",
@@ -311,8 +312,7 @@ def check_name(name: Any, names: Sequence[str] = NAMES) -> None:
     """Raise ValueError unless ``name`` is one of ``names``; suggest the nearest."""
     if name in names:
         return
-    near = difflib.get_close_matches(str(name), names, 1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+    hint = did_you_mean(name, names, f"there are {', '.join(names)}")
     raise ValueError(f"engine {name!r} is not known, {hint}")
 
 

@@ -19,7 +19,6 @@ message lost is CHOCO-Gossip's with gamma = 1 (Koloskova et al. 2019, arXiv 1902
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from qgm_ext import graphs, ops
 from qgm_ext.algorithms import Algorithm
 from qgm_ext.flat import ALIGNMENT
+from qgm_ext.hints import did_you_mean
 from qgm_ext.mixing import Mixing
 
 __all__ = [
@@ -164,9 +164,8 @@ def make(name: str, algorithms: Sequence[Algorithm]) -> MessageFormat | None:
         ValueError: if there is no such format, or an algorithm can't use it.
     """
     if name not in _FORMATS:
-        near = difflib.get_close_matches(str(name), NAMES, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"message must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+        hint = did_you_mean(name, NAMES)
+        raise ValueError(f"message must be one of {', '.join(NAMES)}, got {name!r}{hint and f', {hint}'}")
     made = _FORMATS[name]
     for algorithm in algorithms if made is not None else ():
         if algorithm.rounding_obstacle is not None:

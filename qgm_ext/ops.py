@@ -17,7 +17,6 @@ raises an ImportError that says how to build it.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from qgm_ext.hints import did_you_mean
 
 __all__ = [
     "REDUCE_BLOCK",
@@ -124,9 +125,8 @@ def _rule(op: str, device: str, name: str) -> Rule:
     table = _rule_table(device)
     rule = table.get(name)
     if rule is None:
-        near = difflib.get_close_matches(name, table, 1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(table))}"
-        raise ValueError(f"{op}: rule {name!r} is not known{hint}")
+        hint = did_you_mean(name, table, f"there are {', '.join(sorted(table))}")
+        raise ValueError(f"{op}: rule {name!r} is not known, {hint}")
     return rule
 
 

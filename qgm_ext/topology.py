@@ -11,7 +11,6 @@ read in :mod:`qgm_ext.mixing`. Nothing here needs torch. Weights follow the code
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from qgm_ext import graphs
 from qgm_ext._topology import CyclicTopology, RandomMatching, StaticTopology, Topology, to_integer, unreached
 from qgm_ext.graphs import Weights
+from qgm_ext.hints import did_you_mean
 from qgm_ext.mixing import Mixing
 
 __all__ = [
@@ -424,9 +424,10 @@ def get(name: str, n: SupportsIndex | None = None, **arguments: Any) -> Topology
     if key.startswith(TREE_PREFIX):
         return spanning_tree(get(key.removeprefix(TREE_PREFIX), n, **arguments))
     if key not in _NAMED:
-        near = difflib.get_close_matches(key, _NAMED, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"name must be a known topology, got {name!r}; {hint}The names are {', '.join(names())}")
+        hint = did_you_mean(key, _NAMED)
+        raise ValueError(
+            f"name must be a known topology, got {name!r}; {hint and f'{hint} '}The names are {', '.join(names())}"
+        )
     parameters = inspect.signature(_NAMED[key]).parameters
     for argument in arguments:
         if argument not in parameters:

@@ -7,7 +7,6 @@ and the registry, not an algorithm.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import math
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qgm_ext.hints import did_you_mean
 from qgm_ext.mixing import Mixing
 from qgm_ext.trees import Tree, Trees
 
@@ -375,8 +375,7 @@ def get_class(name: str) -> type[Algorithm]:
         ValueError: if the name is not known; suggests the nearest.
     """
     if name not in _registry:
-        near = difflib.get_close_matches(str(name), _registry, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
+        hint = did_you_mean(name, _registry, f"there are {', '.join(names())}")
         raise ValueError(f"algorithm {name!r} is not known, {hint}")
     return _registry[name]
 
@@ -400,8 +399,7 @@ def get(name: str, **hyper: Any) -> Algorithm:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in hyper:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
+            hint = did_you_mean(key, fields, f"it has {', '.join(fields)}")
             raise TypeError(f"{name} has no hyper-parameter {key!r}, {hint}")
     missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in hyper]
     if missing:

@@ -6,7 +6,6 @@ by :func:`register`. Not here: the split over workers (``partition.py``) and the
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from qgm_ext.hints import did_you_mean
 
 from .image_files import ImageFiles
 from .partition import _integer
@@ -139,9 +140,8 @@ def load(
         them; ImportError where a package is missing.
     """
     if name not in _SOURCES:
-        near = difflib.get_close_matches(str(name).lower(), names(), n=1, cutoff=0.4)
-        suggestion = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown data set {name!r}{suggestion} Known: {', '.join(names())}")
+        hint = did_you_mean(name, names())
+        raise ValueError(f"unknown data set {name!r}{f'; {hint}' if hint else '.'} Known: {', '.join(names())}")
     source = _SOURCES[name]
     options = {"download": download or None, "tokenizer": tokenizer}
     given = {key: value for key, value in options.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 from typing_extensions import TypedDict
 
 from qgm_ext import messages
+from qgm_ext.hints import did_you_mean
 
 __all__ = ["RuntimeArguments", "RuntimeOptions", "options_from"]
 
@@ -105,8 +105,7 @@ def options_from(arguments: dict[str, Any]) -> RuntimeOptions:
     known = [field.name for field in fields(RuntimeOptions)]
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options of the runtime are {', '.join(known)}"
+            hint = did_you_mean(name, known, f"the options of the runtime are {', '.join(known)}")
             raise TypeError(f"unexpected keyword argument {name!r}, {hint}")
     return RuntimeOptions(**arguments)
 

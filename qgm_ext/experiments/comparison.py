@@ -9,7 +9,6 @@ file is told in :class:`Comparison`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import warnings
@@ -22,6 +21,7 @@ import torch
 from qgm_ext import algorithms, data, models, topology
 from qgm_ext.algorithms import check_number
 from qgm_ext.experiments.config import TrainConfig, check_name
+from qgm_ext.hints import did_you_mean
 
 __all__ = ["Cell", "Comparison", "Method", "Published", "check_keys", "is_centralised", "run_name"]
 
@@ -376,8 +376,7 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     names = sorted(known)
     for key in given:
         if key not in names:
-            near = difflib.get_close_matches(key, names, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}"
+            hint = did_you_mean(key, names, f"it takes {', '.join(names)}")
             raise ValueError(f"{where} has no key {key!r}, {hint}")
 
 

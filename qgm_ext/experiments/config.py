@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -23,6 +22,7 @@ from qgm_ext import algorithms, data, messages, models, topology
 from qgm_ext.algorithms import check_number
 from qgm_ext.data import augment as augmentation
 from qgm_ext.experiments import schedules
+from qgm_ext.hints import did_you_mean
 from qgm_ext.simulator import EngineChoice
 from qgm_ext.stacked import OnNonfinite
 
@@ -306,8 +306,7 @@ def parse_hyper(algorithm: str, name: str, text: str) -> Any:
     cls = algorithms.get_class(algorithm)
     fields = {f.name for f in dataclasses.fields(cls)}
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(fields))}"
+        hint = did_you_mean(name, fields, f"it has {', '.join(sorted(fields))}")
         raise ValueError(f"{algorithm} has no hyper-parameter {name!r}, {hint}")
     wanted = typing.get_type_hints(cls)[name]
     if wanted is str or typing.get_origin(wanted) is typing.Literal:
@@ -326,9 +325,8 @@ def check_name(what: str, value: Any, known: Iterable[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``known``; suggests the nearest."""
     choices = list(known)
     if value not in choices:
-        near = difflib.get_close_matches(str(value).lower(), choices, 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}{hint and f'; {hint}'}")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:

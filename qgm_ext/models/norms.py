@@ -5,10 +5,10 @@ Batch norm keeps running statistics in buffers, which workers never average; the
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
+
+from qgm_ext.hints import did_you_mean
 
 from ._checks import check_sizes
 
@@ -73,8 +73,7 @@ def make_norm(name: str, channels: int, groups: int = 2, *, activate: bool = Tru
         ValueError: if the name is not known or groups does not divide channels.
     """
     if name not in NORMS:
-        near = difflib.get_close_matches(str(name), NORMS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NORMS)}"
+        hint = did_you_mean(name, NORMS, f"there are {', '.join(NORMS)}")
         raise ValueError(f"norm {name!r} is not known, {hint}")
     if name == "evonorm":
         return EvoNormS0(channels)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from qgm_ext.hints import did_you_mean
 
 __all__ = ["default_engine", "draws", "get", "names", "register", "takes_texts"]
 
@@ -95,7 +96,6 @@ def default_engine(name: str, device: str) -> str:
 
 def _known(name: str) -> _Model:
     if name not in _MODELS:
-        near = difflib.get_close_matches(str(name).lower(), names(), n=1, cutoff=0.4)
-        suggestion = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown model {name!r}{suggestion} Known: {', '.join(names())}")
+        hint = did_you_mean(name, names())
+        raise ValueError(f"unknown model {name!r}{f'; {hint}' if hint else '.'} Known: {', '.join(names())}")
     return _MODELS[name]

@@ -46,6 +46,7 @@ def compare(
     baseline: Annotated[str | None, option(_HOW, "Method to test against.", "the first decentralised")] = None,
     lr_seeds: Annotated[str | None, option(_HOW, "Seeds that choose the step size: all or first.", "all")] = None,
     choose: Annotated[str | None, option(_HOW, "Accuracy that counts: last, or best on validation.", "last")] = None,
+    metric: Annotated[str | None, option(_HOW, "Accuracy of the workers' mean, or of the worst.", "mean")] = None,
     data: Annotated[str | None, option(_WHAT, "Data set.", "digits")] = None,
     data_root: Annotated[str | None, option(_WHAT, "Folder of its files.", "the usual places")] = None,
     download: Annotated[
@@ -80,6 +81,7 @@ def compare(
         "baseline": baseline,
         "lr_seeds": lr_seeds,
         "choose": choose,
+        "metric": metric,
     }
     arguments = locals()
     train = {name: arguments[name] for name in _TRAIN_WORDS if arguments[name] is not None}
@@ -231,7 +233,7 @@ def _outcome_text(run: Run) -> str:
     if run.status == "diverged":
         return "diverged"
     record = run.metrics[-1]
-    validation = record.get(outcomes.VALIDATION)
+    validation = record.get(outcomes.VALIDATION["mean"])
     return "done" if validation is None else f"validation accuracy {validation:.2%}"
 
 

@@ -119,6 +119,7 @@ def test_the_folder_of_a_run_depends_on_what_decides_its_outcome_alone():
         ({"baseline": "dsgdm"}, "baseline must be one of dsgd, qg_dsgdm_n"),
         ({"lr_seeds": "one"}, "lr_seeds must be one of all, first"),
         ({"choose": "test"}, "choose must be one of last, best"),
+        ({"metric": "min"}, "metric must be one of mean, worst"),
         ({"train": {"epohcs": 3}}, r"\[train\] has no key 'epohcs', did you mean 'epochs'"),
         ({"train": {"lr": 0.1}}, r"\[train\] can't set lr: it is decided by lrs"),
         ({"train": {"data": "digit"}}, "did you mean 'digits'"),
@@ -207,7 +208,11 @@ def test_an_unknown_preset_is_named():
 
 def finished(run: Run, validation: float, test: float, before: tuple[float, float] = (0.0, 0.0)) -> Run:
     metrics = tuple(
-        {"step": step, "epoch": float(step), results.VALIDATION: v, results.TEST: t, "bytes_sent": 8 * step}
+        {
+            **{"step": step, "epoch": float(step), "bytes_sent": 8 * step},
+            **{results.VALIDATION["mean"]: v, results.TEST["mean"]: t},
+            **{results.VALIDATION["worst"]: 1 - v, results.TEST["worst"]: t / 2},
+        }
         for step, (v, t) in enumerate((before, (validation, test)))
     )
     return dataclasses.replace(run, status="finished", metrics=metrics, seconds=1.0)
@@ -272,6 +277,32 @@ def test_choose_best_takes_the_test_accuracy_at_the_best_validation_accuracy():
             [finished(run, 0.5, 0.3, before=(0.7, 0.8)) for run in results.planned_runs(made, Path("x"))],
         )
         assert [score.mean for score in found.scores()] == pytest.approx([expected, expected])
+
+
+@pytest.mark.parametrize("through_csv", [False, True])
+def test_the_worst_worker_counts_in_the_choice_and_in_the_table_if_the_comparison_says_so(through_csv, tmp_path):
+    """In the made-up runs the step size that is good for the mean is bad for the worst worker."""
+    for metric, lr, shown in (("mean", 0.2, "80.0"), ("worst", 0.1, "30.0")):
+        made = plan(metric=metric, seeds=1, baseline="dsgd")
+        found = made_up(made, lambda run: (0.9, 0.8) if run.lr == 0.2 else (0.5, 0.6))
+        if through_csv:
+            runs = [dataclasses.replace(run, folder=tmp_path / "runs" / run.folder.name) for run in found.runs.values()]
+            Results(made, tmp_path, runs).write_csv()
+            content = {"format": "qgm_ext.compare/1", "comparison": made.as_dict()}
+            (tmp_path / results.COMPARISON).write_text(json.dumps(content))
+            found = results.load_csv(tmp_path)
+        assert [score.lr for score in found.scores()] == [lr, lr]
+        assert [row.cells[0].text for table in tables.make(found) for row in table.rows] == [shown, shown]
+        words = {"mean": "mean of the local models at the end", "worst": "of the worst local model at the end"}
+        assert words[metric] in tables.legend(found)[0]
+
+
+def test_choose_best_goes_by_the_metric():
+    """At the first of two evaluations the mean is better, at the second the worst worker, on the validation set."""
+    for metric, expected in (("mean", 0.6), ("worst", 0.25)):
+        made = plan(choose="best", metric=metric)
+        runs = [finished(run, 0.3, 0.5, before=(0.7, 0.6)) for run in results.planned_runs(made, Path("x"))]
+        assert [score.mean for score in Results(made, Path("x"), runs).scores()] == pytest.approx([expected] * 2)
 
 
 def test_mean_deviation_and_paired_test_are_those_of_numpy_and_scipy():

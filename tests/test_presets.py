@@ -82,6 +82,12 @@ def test_a_dry_run_shows_published_figures_before_it_needs_the_data(name: str, t
     assert not (tmp_path / "out").exists()
 
 
+def test_relaysums_table_is_of_the_worst_worker() -> None:
+    metrics = {name: preset(name).metric for name in preset_names()}
+    assert metrics.pop("relaysum-table2") == "worst"
+    assert set(metrics.values()) == {"mean"}
+
+
 def test_the_papers_protocol_is_in_table_1() -> None:
     plan = preset("paper-table1")
     peaks = {}

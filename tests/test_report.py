@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import os
 import re
 import shutil
@@ -193,6 +194,24 @@ def test_the_command_refuses_what_is_no_comparison(tmp_path):
     code, output = qgm("report", tmp_path)
     assert code == 2
     assert output.startswith(f"qgm: there is no comparison in {tmp_path}")
+
+
+def test_the_worst_worker_is_reported_if_the_comparison_says_so(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    told = json.loads((copy / "comparison.json").read_text())
+    told["comparison"]["metric"] = "worst"
+    (copy / "comparison.json").write_text(json.dumps(told))
+    page = report.write(copy).read_text()
+    assert "of the worst local model at the end of the run" in page
+    means, worst = (Page(text).tables[0] for text in ((folder / "report" / "index.html").read_text(), page))
+    figure = re.compile(r"\d+\.\d")
+    for row, mean_row in zip(worst[1:], means[1:], strict=True):
+        if row[0] != "csgd ":  # whose workers are all the same
+            assert float(figure.match(row[2])[0]) < float(figure.match(mean_row[2])[0])
+    assert (copy / "report" / "curves-mlp-ring-4-0.1.png").read_bytes() != (
+        folder / "report" / "curves-mlp-ring-4-0.1.png"
+    ).read_bytes()
 
 
 def test_a_comparison_that_is_not_complete_says_so(folder, tmp_path):

@@ -298,6 +298,7 @@ def test_validation_samples_go_to_no_worker(partition):
         found = result.simulator.evaluate(x, y)
     last = result.metrics[-1]
     assert last["validation_accuracy_local_mean"] == found.accuracy_local_mean
+    assert last["validation_accuracy_local_min"] == found.accuracy_local_min
     assert last["validation_accuracy_average"] == found.accuracy_average
     assert last["validation_loss_local_mean"] == found.loss_local_mean
     assert result.summary["validation_accuracy_local_mean"] == found.accuracy_local_mean

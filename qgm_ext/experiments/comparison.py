@@ -28,6 +28,7 @@ __all__ = ["Cell", "Comparison", "Method", "Published", "check_keys", "is_centra
 FORMAT = "qgm_ext.compare/1"
 
 Choose = Literal["last", "best"]
+Metric = Literal["mean", "worst"]
 LrSeeds = Literal["all", "first"]
 
 # Fields of TrainConfig that the grid decides, with the key of the file that does.
@@ -74,7 +75,7 @@ class Published:
 
     Args:
         method: label of a method of the comparison, or any other name: then it is a row without own figures.
-        value: accuracy in percent.
+        value: accuracy in percent, of the comparison's metric.
         topology: as in the comparison, "ring:16".
         alpha: the heterogeneity it belongs to; None: all.
         model: a model of the comparison; None: all.
@@ -137,6 +138,7 @@ class Comparison:
         baseline = "dsgd"                       # label that others are tested against
         lr_seeds = "all"                        # seeds that choose lr: "all" or "first"
         choose = "last"                         # accuracy at the end, or at the "best" validation accuracy
+        metric = "mean"                         # of the local models' accuracies: their "mean", or that of the "worst"
         plugins = ["my_method.py"]              # modules or files that register algorithms, data, models
 
         [train]                                 # any other field of TrainConfig
@@ -177,6 +179,7 @@ class Comparison:
     baseline: str = ""
     lr_seeds: LrSeeds = "all"
     choose: Choose = "last"
+    metric: Metric = "mean"
     train: Mapping[str, Any] = field(default_factory=dict)
     hyper: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
@@ -191,8 +194,8 @@ class Comparison:
                 raise ValueError(f"{name} must not be empty")
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} holds something twice: {', '.join(map(str, values))}")
-        for name, known in (("lr_seeds", get_args(LrSeeds)), ("choose", get_args(Choose))):
-            check_name(name, getattr(self, name), known)
+        for name, known in (("lr_seeds", LrSeeds), ("choose", Choose), ("metric", Metric)):
+            check_name(name, getattr(self, name), get_args(known))
         for model in self.models:
             check_name("models", model, models.names())
         train = {"validation": _DEFAULT_VALIDATION, **self.train}

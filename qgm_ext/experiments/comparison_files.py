@@ -121,7 +121,7 @@ def from_dict(raw: Mapping[str, Any], folder: Path = Path()) -> Comparison:
         plain["models"] = tuple(_strings("models", plain["models"]))
     if "seeds" in plain:
         plain["seeds"] = _seeds(plain["seeds"])
-    for name in ("title", "description", "baseline", "lr_seeds", "choose"):
+    for name in ("title", "description", "baseline", "lr_seeds", "choose", "metric"):
         if not isinstance(plain.get(name, ""), str):
             raise TypeError(f"{name} must be a string, got {plain[name]!r}")
     for name in ("train", "hyper"):

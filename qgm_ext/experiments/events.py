@@ -19,6 +19,7 @@ _PLACES = {
     "accuracy_average": "accuracy/average",
     "accuracy": "accuracy/own",
     "validation_accuracy_local_mean": "accuracy/validation_local_mean",
+    "validation_accuracy_local_min": "accuracy/validation_local_min",
     "validation_accuracy_average": "accuracy/validation_average",
     "validation_loss_local_mean": "loss/validation",
     "consensus_distance": "consensus_distance",

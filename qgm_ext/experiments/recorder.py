@@ -100,6 +100,7 @@ class Recorder:
                 held_out = self._sim.evaluate(*self._inputs.validation)
                 extra = {
                     "validation_accuracy_local_mean": held_out.accuracy_local_mean,
+                    "validation_accuracy_local_min": held_out.accuracy_local_min,
                     "validation_accuracy_average": held_out.accuracy_average,
                     "validation_loss_local_mean": held_out.loss_local_mean,
                 }

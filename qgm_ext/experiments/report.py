@@ -89,15 +89,16 @@ def _sections(found: Results, notes: list[str]) -> list[tuple[str, list[_Picture
     for score in found.scores():
         model, place, alpha = score.cell.place
         places.setdefault((model, place), {}).setdefault(alpha, []).append(score)
+    test, accuracy = TEST[found.plan.metric], report_plots.accuracy_label(found.plan)
     kinds = (
-        ("Learning curves", "curves", TEST, "test accuracy, %", "epoch", "epoch"),
+        ("Learning curves", "curves", test, accuracy, "epoch", "epoch"),
         ("Consensus distance", "consensus", "consensus_distance", "consensus distance", "epoch", "epoch"),
-        ("Accuracy against bytes sent", "bytes", TEST, "test accuracy, %", "bytes_sent", "bytes sent by all workers"),
+        ("Accuracy against bytes sent", "bytes", test, accuracy, "bytes_sent", "bytes sent by all workers"),
         (
             "Accuracy against time",
             "time",
-            TEST,
-            "test accuracy, %",
+            test,
+            accuracy,
             "seconds_training",
             "seconds of training on this machine, all workers on one, evaluations left out",
         ),

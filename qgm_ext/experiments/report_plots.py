@@ -18,7 +18,7 @@ from qgm_ext.experiments import comparison
 from qgm_ext.experiments.curves import require_matplotlib
 from qgm_ext.experiments.results import TEST, Results, Run, Score
 
-__all__ = ["draw_against", "draw_classes", "draw_heterogeneity", "draw_topology"]
+__all__ = ["accuracy_label", "draw_against", "draw_classes", "draw_heterogeneity", "draw_topology"]
 
 _COLOURS = [
     "#2b6cb0",
@@ -37,6 +37,11 @@ _CENTRAL = "#4a5568"
 _SIZE = (6.0, 4.3)
 
 
+def accuracy_label(plan: comparison.Comparison) -> str:
+    """The words on an axis of accuracies."""
+    return {"mean": "test accuracy, %", "worst": "test accuracy of the worst worker, %"}[plan.metric]
+
+
 def draw_against(
     results: Results, scores: Sequence[Score], quantity: str, label: str, against: str, unit: str
 ) -> bytes:
@@ -51,7 +56,8 @@ def draw_against(
     Returns: a PNG.
     """
     figure, axes = _figure()
-    scale = 100.0 if quantity == TEST else 1.0
+    is_accuracy = quantity in TEST.values()
+    scale = 100.0 if is_accuracy else 1.0
     for score in scores:
         runs = [run for run in results.final(score.cell) if run.status == "finished"]
         if not runs:
@@ -66,7 +72,7 @@ def draw_against(
             )
     axes.set_xlabel(unit)
     axes.set_ylabel(label)
-    if quantity != TEST:
+    if not is_accuracy:
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_ylim(bottom=0)
     if against == "bytes_sent":
@@ -101,7 +107,7 @@ def draw_heterogeneity(results: Results, by_alpha: Mapping[float, Sequence[Score
     axes.minorticks_off()
     axes.invert_xaxis()
     axes.set_xlabel("alpha of the Dirichlet partition (more heterogeneous to the right)")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel(accuracy_label(results.plan))
     return _finish(figure, axes)
 
 

@@ -27,8 +27,9 @@ __all__ = ["COMPARISON", "CSV", "RUNS", "Paired", "Results", "Run", "Score", "lo
 COMPARISON = "comparison.json"
 CSV = "results.csv"
 RUNS = "runs"
-VALIDATION = "validation_accuracy_local_mean"
-TEST = "accuracy_local_mean"
+# Which accuracy counts, by the comparison's metric: the one that chooses, and the one that the table shows.
+VALIDATION = {"mean": "validation_accuracy_local_mean", "worst": "validation_accuracy_local_min"}
+TEST = {"mean": "accuracy_local_mean", "worst": "accuracy_local_min"}
 
 Status = Literal["finished", "diverged", "unfinished"]
 Record = Mapping[str, Any]
@@ -49,6 +50,7 @@ _COLUMNS = (
     "step",
     "epoch",
     "validation_accuracy_local_mean",
+    "validation_accuracy_local_min",
     "accuracy_local_mean",
     "accuracy_local_min",
     "accuracy_local_max",
@@ -85,12 +87,13 @@ class Run:
     seconds: float = 0.0
     reason: str = ""
 
-    def record(self, choose: comparison.Choose) -> Record | None:
+    def record(self, plan: Comparison) -> Record | None:
         """The record that counts: the last, or that with the best validation accuracy; None for a run without."""
         if self.status != "finished":
             return None
-        if choose == "best" and VALIDATION in self.metrics[-1]:
-            return max(self.metrics, key=lambda record: float(record[VALIDATION]))
+        validation = VALIDATION[plan.metric]
+        if plan.choose == "best" and validation in self.metrics[-1]:
+            return max(self.metrics, key=lambda record: float(record[validation]))
         return self.metrics[-1]
 
     def __str__(self) -> str:
@@ -135,7 +138,8 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
 
 @dataclass(frozen=True)
 class Score:
-    """What a cell of the table says. Accuracies are those of the local models on the test set, averaged, in [0, 1].
+    """What a cell of the table says. Accuracies are those of the local models on the test set, in [0, 1]: their mean or
+    that of the worst of them, as the comparison's metric has it.
 
     Args:
         cell: which.
@@ -208,9 +212,11 @@ class Results:
         best: tuple[float, float] | None = None
         for lr in cell.method.lrs:
             runs = [run for run in self.of(cell, lr) if run.seed in self.plan.search_seeds()]
-            records = [run.record(self.plan.choose) for run in runs]
+            records = [run.record(self.plan) for run in runs]
             if all(record is not None for record in records):
-                mean = float(np.mean([float(record[VALIDATION]) for record in records if record is not None]))
+                mean = float(
+                    np.mean([float(record[VALIDATION[self.plan.metric]]) for record in records if record is not None])
+                )
                 if best is None or mean > best[0]:
                     best = mean, lr
         return None if best is None else best[1]
@@ -234,8 +240,8 @@ class Results:
 
     def values(self, cell: Cell) -> dict[int, float]:
         """Test accuracy by seed, with the chosen step size."""
-        records = {run.seed: run.record(self.plan.choose) for run in self.final(cell)}
-        return {seed: float(record[TEST]) for seed, record in records.items() if record is not None}
+        records = {run.seed: run.record(self.plan) for run in self.final(cell)}
+        return {seed: float(record[TEST[self.plan.metric]]) for seed, record in records.items() if record is not None}
 
     def score(self, cell: Cell) -> Score:
         """What the table says of a cell."""
@@ -289,7 +295,7 @@ class Results:
             lr = self.chosen_lr(cell)
             for run in self.of(cell):
                 if run.status != "unfinished":
-                    writer.writerow(_row(run, run.lr == lr, self.plan.choose, self.folder))
+                    writer.writerow(_row(run, run.lr == lr, self.plan, self.folder))
         return text.getvalue()
 
     def write_csv(self) -> None:
@@ -379,14 +385,15 @@ def read_run(run: Run) -> Run:
 def _run_of(run: Run, row: Mapping[str, str]) -> Run:
     """A run from its line of the CSV file: with the record that counts as the only one."""
     status: Status = "finished" if row["status"] == "finished" else "diverged"
-    record = {key: float(row[key]) for key in (VALIDATION, TEST, "bytes_sent") if row[key]}
+    keys = (*VALIDATION.values(), *TEST.values(), "bytes_sent")  # a file of an older qgm_ext lacks some
+    record = {key: float(row[key]) for key in keys if row.get(key)}
     return dataclasses.replace(
         run, status=status, metrics=(record,) if status == "finished" else (), seconds=float(row["seconds"])
     )
 
 
-def _row(run: Run, chosen: bool, choose: comparison.Choose, folder: Path) -> dict[str, Any]:
-    record = run.record(choose) or {}
+def _row(run: Run, chosen: bool, plan: Comparison, folder: Path) -> dict[str, Any]:
+    record = run.record(plan) or {}
     measured = {name: record.get(name) for name in _COLUMNS if name in record}
     return measured | {
         "model": run.cell.model,

@@ -83,10 +83,10 @@ def legend(results: Results) -> list[str]:
     plan = results.plan
     chosen = "the first seed" if plan.lr_seeds == "first" else "all seeds"
     when = "at the end of the run" if plan.choose == "last" else "at the best validation accuracy"
+    whose = {"mean": "mean of the local models", "worst": "of the worst local model"}[plan.metric]
     n = len(plan.seeds)
     lines = [
-        f"Test accuracy in %, mean of the local models {when}; mean ± standard deviation over {n} "
-        f"seed{'s' if n > 1 else ''}.",
+        f"Test accuracy in %, {whose} {when}; mean ± standard deviation over {n} seed{'s' if n > 1 else ''}.",
         f"lr: chosen on validation accuracy with {chosen}, never on the test set; * marks an edge of the grid.",
     ]
     if n > 1:

@@ -48,7 +48,7 @@ class Result:
         metrics: one record for each evaluation: step, epoch, loss (mean over workers and steps since the last one),
             accuracy_local_mean, accuracy_local_min, accuracy_local_max, accuracy_average (on the test set),
             consensus_distance, lr, bytes_sent (by all workers together), seconds and seconds_training (evaluations
-            left out); with a validation set also validation_accuracy_local_mean,
+            left out); with a validation set also validation_accuracy_local_mean, validation_accuracy_local_min,
             validation_accuracy_average and validation_loss_local_mean.
         summary: the last of them, and speed and shares of time.
         simulator: the trained workers; ``simulator.average_model()`` is the model to use. In a process group of several

@@ -7,7 +7,10 @@ that zeta^2 = mean_i ||grad f_i(x*)||^2 is 0, 0.1 or 10 while x*, at distance 1 
 mean. Without noise, and with the best step size of a grid, it counts steps until the mean of all workers has a
 suboptimality of 1e-6. Gossip alone slows down with zeta^2; the bias-corrected methods hardly. Prints the table beside
 the figures of epfml/relaysgd (random_quadratics; another random instance, and another tuning), and writes
-quadratics.png. RelaySGD/Grad with zeta^2 = 10 takes ten times the published steps here; why is not known.
+quadratics.png. RelaySGD/Grad with zeta^2 = 10 takes ten times the published steps here: its models stay apart by the
+steps under way and come to rest off the optimum, 5e-5 above it with lr = 0.1 and 8e-7 with 0.01 (in proportion to
+zeta^2, and about to lr^2), so that 1e-6 asks for a small step size. Why the published figure shows none of it is not
+known.
 
 Source: Vogels et al., "RelaySum" (NeurIPS 2021, arXiv 2110.04175).
 """

@@ -12,6 +12,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+
+import qgm_ext
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -87,6 +90,24 @@ def test_quadratics_slow_gossip_down_and_bias_corrected_methods_hardly() -> None
     assert quadratics.steps_to_target(hard, "dsgd", "ring", 0.15, 1000) is None
     assert quadratics.steps_to_target(hard, "d2", "ring", 0.26, 100) is not None
     assert quadratics.steps_to_target(hard, "relaysgd", "chain", 1.0, 200) is not None
+
+
+def test_relayed_steps_come_to_rest_off_the_optimum_and_relayed_models_on_it() -> None:
+    """What the docstring of the example says of RelaySGD/Grad, whose figure is not the published one."""
+    quadratics = example("quadratics")
+
+    def rest(algorithm: str, zeta: float, lr: float, steps: int | None = None) -> float:
+        problem = quadratics.make_problem(zeta)
+        x = torch.zeros(quadratics.N, quadratics.DIM, dtype=torch.float64)
+        opt = qgm_ext.StackedOptimizer(x, qgm_ext.topology.chain(quadratics.N), algorithm, lr=lr, momentum=0.0)
+        for _ in range(steps or round(40 / lr)):
+            opt.step(problem.gradients(opt.x))
+        return float(problem.suboptimality(opt.x))
+
+    assert rest("relaysgd_grad", 10.0, 0.1) == pytest.approx(5.05e-5, rel=0.01)
+    assert rest("relaysgd_grad", 10.0, 0.02) == pytest.approx(3.15e-6, rel=0.01)
+    assert rest("relaysgd_grad", 0.1, 0.1) == pytest.approx(5.05e-7, rel=0.01)
+    assert rest("relaysgd", 10.0, 1.0, 800) < 1e-20
 
 
 def test_rosenbrock_needs_momentum_that_does_not_add_up_the_workers_own_pulls(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ class EvoNormS0(nn.Module):
     The variance is that of the values of a sample in each of min(32, C) groups of channels, unbiased, as in the code of
     the quasi-global momentum paper (its 'efficient' form: no factor in the sigmoid). Input and output: [B, C, H, W].
 
+    The code of CCL and of GUT calls another function by this name, which is not built here: 2 groups, the biased
+    variance, and x clip(x / 6 + 1/2, 0, 1) for x sigma(x). So those papers' ResNet-20 with EvoNorm is not this one.
+
     Args:
         channels: C, divisible by the number of groups.
         groups: at most so many groups.

@@ -16,6 +16,8 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
   :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
 - :mod:`~qgm_ext.distributed.healing`, :mod:`~qgm_ext.distributed.roll`: going on without lost workers, and how the
   others agree on who is lost;
+- :mod:`~qgm_ext.distributed.stale`: merging old messages of slow neighbours instead of waiting, and
+  :mod:`~qgm_ext.distributed.waiter`, threads that wait for messages;
 - :mod:`~qgm_ext.distributed.timeline`: :func:`trace`, a picture of what all workers do in their steps;
 - :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
 - :mod:`qgm_ext.optim.peers`: parameter groups on top of it, and :mod:`qgm_ext.optim.overlap`, steps that begin during

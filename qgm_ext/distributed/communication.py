@@ -23,6 +23,7 @@ class Communication:
             algorithm compresses. Over all workers, what :class:`qgm_ext.StackedOptimizer` calls ``bytes_sent``.
         wire_bytes_sent, wire_bytes_received: of what travelled: with headers and the gaps between parameters.
         seconds: that the worker waited for messages.
+        stale_messages: that it merged though they were of an earlier step (the option staleness).
     """
 
     bytes_sent: int = 0
@@ -30,6 +31,7 @@ class Communication:
     wire_bytes_sent: int = 0
     wire_bytes_received: int = 0
     seconds: float = 0.0
+    stale_messages: int = 0
 
     def __add__(self, more: Communication) -> Communication:
         return Communication(*(one + other for one, other in zip(astuple(self), astuple(more), strict=True)))

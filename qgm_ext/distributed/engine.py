@@ -104,6 +104,7 @@ class WorkerEngine:
     Attributes:
         bytes_sent, bytes_received: of this worker so far, as the algorithms count them
             (:class:`qgm_ext.distributed.communication.Communication`).
+        stale_messages: merged so far that were of an earlier step; 0 but in :class:`qgm_ext.distributed.stale`.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class WorkerEngine:
         self._silent = identity_mixing(1)
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.stale_messages = 0
 
     def turn(
         self,

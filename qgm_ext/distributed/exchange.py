@@ -199,7 +199,7 @@ class Exchange:
             with span("send", stamp):
                 works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
         except RuntimeError as error:
-            raise self._lost(self._broken_peer(batch), stamp, error) from error
+            raise self.lost(self._broken_peer(batch), stamp, error) from error
         if len(works) != len(batch.messages):  # a backend that joins the batch into one
             works = [works[0]] * len(batch.messages)
         return [
@@ -229,7 +229,7 @@ class Exchange:
                     else:
                         work.wait()
             except RuntimeError as error:
-                raise self._lost(peer, stamp, error) from error
+                raise self.lost(peer, stamp, error) from error
             if incoming:
                 message.check(peer, stamp)
                 self.bytes_received += message.buffer.numel()
@@ -244,7 +244,7 @@ class Exchange:
                 return peer
         return batch.messages[0][0]
 
-    def _lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:
+    def lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:
         """The error that names the worker that was lost first, as far as the survivors know."""
         first = self._first_lost(peer)
         reason = str(error).splitlines()[0]

@@ -6,21 +6,21 @@ what they were, and a neighbour merges only when it has all messages or has agre
 (:mod:`qgm_ext.distributed.roll`) that the missing one does not count. The connections among the survivors stay as
 they are, for Gloo breaks those to the lost worker only.
 
-But Gloo breaks all connections of a worker whose wait for a message runs out of time. So here threads wait, without a
-limit, and the step waits for the threads. A worker that is alive but silent for ``timeout`` seconds is no loss to heal:
-that ends the step with PeerLostError, as does everything where workers can't agree.
+But Gloo breaks all connections of a worker whose wait for a message runs out of time. So here threads wait
+(:mod:`qgm_ext.distributed.waiter`), and the step waits for the threads. A worker that is alive but silent for
+``timeout`` seconds is no loss to heal: that ends the step with PeerLostError, as does everything where workers can't
+agree.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import queue
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -34,13 +34,13 @@ from qgm_ext.distributed.exchange import Exchange, Message, MessageError, PeerLo
 from qgm_ext.distributed.gossip import blocks_of
 from qgm_ext.distributed.roll import Excluded, GaveUp, Loss, Roll
 from qgm_ext.distributed.timeline import span
+from qgm_ext.distributed.waiter import Waiter
 from qgm_ext.topology import Topology
 
 __all__ = ["HealingEngine"]
 
 _STEP = 1 << 32  # what a step counts in turns, which number the passes of all its vectors
 _VECTORS = 1 << 12
-_UNLIMITED, _SOON = timedelta(days=365), timedelta(milliseconds=1)
 _BUFFERS = 3  # of each sender: the two last messages, which others may need, and the one that comes
 
 
@@ -66,7 +66,7 @@ class HealingEngine(WorkerEngine):
         self._peers, self._timeout = exchange, timeout
         self._losses: dict[int, Loss] = {}
         self._events: queue.SimpleQueue[_End | Loss | Exception] = queue.SimpleQueue()
-        self._waiters: dict[tuple[bool, int], _Waiter] = {}
+        self._waiters: dict[tuple[bool, int], Waiter] = {}
         self._received: dict[int, int] = {}
         store = distributed_c10d._get_default_store()
         self._roll = Roll(store, exchange.name, exchange.rank, exchange.size, timeout, self._events.put)
@@ -160,7 +160,7 @@ class HealingEngine(WorkerEngine):
             self._events.put(_End(incoming, peer, error))
             return
         if (incoming, peer) not in self._waiters:
-            self._waiters[incoming, peer] = _Waiter(incoming, peer, self._events)
+            self._waiters[incoming, peer] = Waiter(functools.partial(_tell, self._events, incoming, peer))
         self._waiters[incoming, peer].add(work)
 
     def _collect(
@@ -254,37 +254,8 @@ class HealingEngine(WorkerEngine):
             )
 
 
-class _Waiter(threading.Thread):
-    """Tells the end of every message to or from one worker, in order.
-
-    Args:
-        incoming, peer: which messages.
-        events: where it is told.
-    """
-
-    def __init__(self, incoming: bool, peer: int, events: queue.SimpleQueue[_End | Loss | Exception]) -> None:
-        super().__init__(name="qgm_ext wait", daemon=True)
-        self._incoming, self._peer, self._events = incoming, peer, events
-        self._works: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._last: Any = None
-        self.start()
-
-    def add(self, work: Any) -> None:
-        """Wait for a message, too."""
-        self._last = work
-        self._works.put(work)
-
-    def run(self) -> None:
-        while (work := self._works.get()) is not None:
-            try:
-                work.wait(_UNLIMITED)
-            except RuntimeError as error:
-                self._events.put(_End(self._incoming, self._peer, error))
-            else:
-                self._events.put(_End(self._incoming, self._peer, None))
-
-    def break_off(self) -> None:
-        """Wait no longer: Gloo breaks the connection when a wait runs out of time."""
-        self._works.put(None)
-        with contextlib.suppress(RuntimeError):
-            self._last.wait(_SOON)
+def _tell(
+    events: queue.SimpleQueue[_End | Loss | Exception], incoming: bool, peer: int, error: Exception | None
+) -> None:
+    """Of a thread that waits, which must not keep the engine alive."""
+    events.put(_End(incoming, peer, error))

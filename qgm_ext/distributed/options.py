@@ -27,6 +27,7 @@ class RuntimeArguments(TypedDict, total=False):
     overlap: bool
     message: str
     on_peer_loss: OnPeerLoss
+    staleness: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class RuntimeOptions:
             its weight to themselves and training goes on (:mod:`qgm_ext.distributed.healing`); over Gloo, with
             symmetric topologies, and with algorithms whose state is no sum over workers. The store at which the workers
             met must outlive the lost one.
+        staleness: a step merges a neighbour's last message if it is up to so many steps old, and waits for a newer one
+            only then; ``opt.message_ages`` counts. For slow neighbours; with static, undirected topologies over Gloo,
+            and the algorithms that ``on_peer_loss="heal"`` takes. What it costs, exact means and repeatable runs, is in
+            :mod:`qgm_ext.distributed.stale`. 0: every step merges the messages of its own. Above 0 training ends with
+            ``opt.drain()``.
 
     Raises:
         TypeError, ValueError: if a value does not fit.
@@ -67,6 +73,7 @@ class RuntimeOptions:
     overlap: bool = False
     message: str = "float32"
     on_peer_loss: OnPeerLoss = "raise"
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         _check_positive("timeout", self.timeout)
@@ -77,17 +84,35 @@ class RuntimeOptions:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         messages.make(self.message, [])
-        every = self.gossip_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"gossip_every must be an integer of at least 1, got {every!r}")
+        for name, least in (("gossip_every", 1), ("staleness", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.on_peer_loss not in get_args(OnPeerLoss):
             raise ValueError(
                 f"on_peer_loss must be one of {', '.join(get_args(OnPeerLoss))}, got {self.on_peer_loss!r}"
             )
-        if self.on_peer_loss == "heal" and (self.overlap or self.message != "float32"):
+        if self.uneven is not None and (self.overlap or self.message != "float32"):
             raise ValueError(
-                "on_peer_loss='heal' needs overlap=False and message='float32', "
+                f"{self.uneven} needs overlap=False and message='float32', "
                 f"got overlap={self.overlap} and message={self.message!r}"
+            )
+        if self.on_peer_loss == "heal" and self.staleness:
+            raise ValueError(f"staleness must be 0 with on_peer_loss='heal', got {self.staleness}")
+
+    @property
+    def uneven(self) -> str | None:
+        """The option, if any, with which workers don't go in step."""
+        if self.on_peer_loss == "heal":
+            return "on_peer_loss='heal'"
+        return f"staleness={self.staleness}" if self.staleness else None
+
+    def check_nonfinite(self, on_nonfinite: str) -> None:
+        """Raise ValueError if gradients that are not finite can't be treated so."""
+        if self.uneven is not None and on_nonfinite != "ignore":
+            raise ValueError(
+                f"{self.uneven} needs on_nonfinite='ignore', for the others ask all workers in every step, "
+                f"got {on_nonfinite!r}"
             )
 
     @property

@@ -110,11 +110,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self.skipped_steps = 0
         self._process_group = group
         self._options = options_from(dict(runtime))
-        if self._options.on_peer_loss == "heal" and on_nonfinite != "ignore":
-            raise ValueError(
-                "on_peer_loss='heal' needs on_nonfinite='ignore', for the others ask all workers in every step, "
-                f"got {on_nonfinite!r}"
-            )
+        self._options.check_nonfinite(on_nonfinite)
         self._runtime = runtime_for(topology, group, self._options, self.by_passes)
         self._overlap = overlap_for(self, self._runtime)
         self._started = False
@@ -156,6 +152,23 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
     def lost_workers(self) -> dict[int, int]:
         """The workers that are lost (on_peer_loss="heal"), by rank: how many steps this optimizer took with them."""
         return self._runtime.lost_workers if isinstance(self._runtime, Peers) else {}
+
+    @property
+    def message_ages(self) -> dict[int, tuple[int, ...]]:
+        """By neighbour how often its message was 0, 1, ..., k steps old when it was merged (staleness=k > 0)."""
+        return self._runtime.message_ages if isinstance(self._runtime, Peers) else {}
+
+    def drain(self) -> None:
+        """Wait until no message is under way to or from this worker (staleness > 0); else nothing is to do.
+
+        All workers call it after the same step: before the process group is destroyed, and wherever they shall start
+        again with fresh messages. load_state_dict does.
+
+        Raises:
+            PeerLostError, MessageError: as in a step.
+        """
+        if isinstance(self._runtime, Peers):
+            self._runtime.drain()
 
     @abc.abstractmethod
     def make_algorithm(self, group: Mapping[str, Any]) -> Algorithm:
@@ -437,6 +450,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
                 state[p] = load_entry(key, p, entry, names)
             else:
                 state[key] = entry
+        self.drain()
         self.__setstate__({"state": state, "param_groups": saved_groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

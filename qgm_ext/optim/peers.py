@@ -25,6 +25,7 @@ from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.options import RuntimeOptions
+from qgm_ext.distributed.stale import StaleEngine
 from qgm_ext.optim.flat_parameters import FlatParameters
 from qgm_ext.topology import Topology
 
@@ -72,16 +73,21 @@ class Peers:
 
     def _make_engine(self, topology: Topology, options: RuntimeOptions) -> WorkerEngine:
         arguments = (topology, self.worker, self.exchange, options.bucket_bytes)
-        if options.on_peer_loss == "raise" or self.exchange is None or self.num_workers == 1:
+        option = options.uneven
+        if option is None or self.exchange is None or self.num_workers == 1:
             return WorkerEngine(*arguments, self._written)
         if self.exchange.backend != "gloo":
-            raise ValueError(f"on_peer_loss='heal' needs a process group with gloo, got {self.exchange.backend}")
+            raise ValueError(f"{option} needs a process group with gloo, got {self.exchange.backend}")
         if not topology.is_symmetric:
             raise ValueError(
-                "on_peer_loss='heal' needs a topology whose mixing matrices are symmetric, so that they stay doubly "
-                f"stochastic without a worker; those of {topology.name!r} are not"
+                f"{option} needs a topology whose mixing matrices are symmetric, so that they stay doubly stochastic "
+                f"without a worker, or neighbours wait for each other; those of {topology.name!r} are not"
             )
-        return HealingEngine(topology, self.worker, self.exchange, options.bucket_bytes, options.timeout)
+        if options.on_peer_loss == "heal":
+            return HealingEngine(topology, self.worker, self.exchange, options.bucket_bytes, options.timeout)
+        if topology.period != 1:
+            raise ValueError(f"{option} needs a topology that stays the same in all steps, got {topology.name!r}")
+        return StaleEngine(*arguments[:2], self.exchange, options.bucket_bytes, options.staleness, options.timeout)
 
     @property
     def communication(self) -> Communication:
@@ -95,12 +101,26 @@ class Peers:
             exchange.bytes_sent,
             exchange.bytes_received,
             exchange.seconds,
+            engine.stale_messages,
         )
 
     @property
     def lost_workers(self) -> dict[int, int]:
         """By rank the first step without it."""
         return self._engine.lost if isinstance(self._engine, HealingEngine) else {}
+
+    @property
+    def message_ages(self) -> dict[int, tuple[int, ...]]:
+        """By neighbour how often its message was 0, 1, ... steps old when it was merged."""
+        engine = self._engine
+        return (
+            {rank: tuple(ages) for rank, ages in sorted(engine.ages.items())} if isinstance(engine, StaleEngine) else {}
+        )
+
+    def drain(self) -> None:
+        """Wait until no message is under way to or from this worker."""
+        if isinstance(self._engine, StaleEngine):
+            self._engine.drain()
 
     def state_names(self, algorithm: Algorithm) -> tuple[str, ...]:
         """The state vectors of a parameter, those that hold relayed messages one by one."""
@@ -144,6 +164,11 @@ class Peers:
         messages.make(self.options.message, algorithms)
         for algorithm in algorithms:
             algorithm.check(self.topology, rows)
+            if self.options.staleness and not algorithm.can_lose_workers:
+                raise ValueError(
+                    f"{algorithm.name} can't use old messages: its state or its messages are sums over workers, or it "
+                    f"needs those of the step itself; staleness must be 0, got {self.options.staleness}"
+                )
             if self.options.on_peer_loss == "heal" and not algorithm.can_lose_workers:
                 raise ValueError(
                     f"{algorithm.name} can't lose workers: its state or its messages are sums over workers, or it "

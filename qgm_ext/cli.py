@@ -39,6 +39,7 @@ from qgm_ext.cli_support import (
     option,
     process_group,
     stop_on_signal,
+    told,
     user_errors,
 )
 from qgm_ext.data import augment as augmentation
@@ -512,7 +513,7 @@ def _run_errors(folder: Path | None) -> Iterator[None]:
         fail(f"{error}; a smaller --lr or --clip may help", EXIT_FAILED)
     except (OSError, PeerLostError) as error:
         hint = "" if folder is None else f"; when that is put right, continue with: qgm train --resume {folder}"
-        fail(f"{error}{hint}", EXIT_FAILED)
+        fail(f"{told(error)}{hint}", EXIT_FAILED)
     except KeyboardInterrupt:
         fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)
 

@@ -23,6 +23,7 @@ __all__ = [
     "option",
     "process_group",
     "stop_on_signal",
+    "told",
     "user_errors",
 ]
 
@@ -107,9 +108,21 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(str(error), EXIT_USAGE)
+        fail(told(error), EXIT_USAGE)
     except KeyboardInterrupt:
         fail("stopped", 128 + signal.SIGINT)
+
+
+def told(error: Exception) -> str:
+    """An error for people: of the system's, the file and the words, without the number.
+
+    Example:
+        >>> told(FileNotFoundError(2, "No such file or directory", "a.toml")), told(ValueError("lr must be > 0"))
+        ('a.toml: No such file or directory', 'lr must be > 0')
+    """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def fail(message: str, code: int) -> NoReturn:

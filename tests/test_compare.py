@@ -282,7 +282,8 @@ def test_a_dry_run_only_estimates(tmp_path):
     ("words", "message"),
     [
         ("", "say what to compare: a TOML file, --preset NAME or --algorithm NAME"),
-        ("/nowhere.toml", "/nowhere.toml"),
+        ("/nowhere.toml", "qgm: /nowhere.toml: No such file or directory"),
+        ("/usr", "qgm: /usr: Is a directory"),
         ("--preset paper-smal", "did you mean 'paper-small'?"),
         ("--preset paper-small --resume x", "only one of them"),
         ("--resume /nowhere", "there is no comparison in /nowhere"),

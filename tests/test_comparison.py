@@ -136,6 +136,9 @@ def test_the_folder_of_a_run_depends_on_what_decides_its_outcome_alone():
         ({"method": [{"algorithm": "d2", "hyper": 3}]}, "hyper of method d2 must be a table"),
         ({"published": [{"method": "x"}]}, "a published figure needs a value"),
         ({"published": [{"method": "x", "value": "1", "topology": "ring:4"}]}, "value of a published figure must be"),
+        ({"published": [{"method": "x", "value": math.nan, "topology": "ring:4"}]}, "must be a finite number, got nan"),
+        ({"published": [{"method": "x", "value": 1, "topology": "ring:4", "source": 3}]}, "source of a published fig"),
+        ({"published": [{"method": "x", "value": 1, "topology": "ring:4", "verified": "no"}]}, "must be true or false"),
         ({"plugins": ["no_such_module"]}, "plugin no_such_module can't be imported: ModuleNotFoundError"),
         ({"plugins": ["/nowhere/a.py"]}, "plugin /nowhere/a.py can't be imported"),
         ({"algorithms": ["relaysgd"], "topologies": ["exponential:8"]}, "give the method a topology of its own"),
@@ -391,3 +394,7 @@ def test_a_folder_without_a_readable_comparison_is_named(tmp_path):
     (tmp_path / results.COMPARISON).write_text('{"format": "qgm_ext.compare/9"}')
     with pytest.raises(ValueError, match="is of version 'qgm_ext.compare/9'"):
         results.load(tmp_path)
+    for content in ("[]", '{"format": "qgm_ext.compare/1"}'):
+        (tmp_path / results.COMPARISON).write_text(content)
+        with pytest.raises(ValueError, match=r"comparison\.json can't be read: it holds no comparison"):
+            results.load(tmp_path)

@@ -6,6 +6,7 @@ What a comparison is, and the format of the file, is told in :mod:`qgm_ext.exper
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -209,7 +210,12 @@ def _published(table: Mapping[str, Any]) -> Published:
     plain = dict(table)
     for name in ("value", "std", "alpha"):
         number = plain.get(name, 0.0)
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name} of a published figure must be a number, got {number!r}")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise TypeError(f"{name} of a published figure must be a finite number, got {number!r}")
+    for name in ("method", "topology", "model", "source", "note"):
+        if not isinstance(plain.get(name, ""), str):
+            raise TypeError(f"{name} of a published figure must be a string, got {plain[name]!r}")
+    if not isinstance(plain.get("verified", True), bool):
+        raise TypeError(f"verified of a published figure must be true or false, got {plain['verified']!r}")
     name, workers = _topology(plain["topology"])
     return Published(**{**plain, "topology": f"{name}:{workers}"})

@@ -341,8 +341,12 @@ def load_plan(folder: Path) -> Comparison:
         raise ValueError(f"there is no comparison in {folder}: it holds no {COMPARISON}; qgm compare --out makes one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no comparison")
         if content.get("format") != comparison.FORMAT:
             raise ValueError(f"it is of version {content.get('format')!r}, this qgm_ext reads {comparison.FORMAT!r}")
+        if "comparison" not in content:
+            raise ValueError("it holds no comparison")
         return comparison_files.from_dict(content["comparison"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error

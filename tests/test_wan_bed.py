@@ -144,6 +144,18 @@ def test_table_states_speed_relative_to_all_reduce_and_goes_between_its_marks(tm
         wan_table.put_between_marks(page, table)
 
 
+def test_estimate_is_of_the_steps_that_every_method_takes():
+    networks = [Network(4, 1e8, 0.001), Network(4, 1e8, 0.001, slow_host=3)]
+    second = 8 * 1e6 / 1e8 / (1448 / 1514)  # for 250,000 parameters over the faster link
+    fast, slow = 0.02 + 12 * 0.001 + 1.5 * second, 0.02 + 12 * 0.001 + 15 * second
+    for seconds in (1.0, 60.0):
+        wanted = sum(4 * 5 + 19 * step + max(0.0, seconds - 10 * step) for step in (fast, slow))
+        assert wan_table.estimate(networks, ["ddp"], seconds, 250_000) == pytest.approx(wanted)
+    assert wan_table.estimate(networks, ["ddp", "ddp_bf16"], 1.0, 250_000) > wan_table.estimate(
+        networks, ["ddp", "one_peer_int8"], 1.0, 250_000
+    )
+
+
 def test_prediction_takes_the_slowest_link_and_the_gradient_of_a_gossip_method():
     common = {"hosts": 4, "link": "L", "parameters": 250_000, "slowest_rate": 1e7, "delay": 0.01}
     results = [

@@ -16,7 +16,7 @@ import wan_sandbox
 from wan_bed import Bed, Network
 from wan_methods import DEFAULT, METHODS
 from wan_probe import probe
-from wan_table import cases, compare, markdown, predictions, put_between_marks
+from wan_table import cases, compare, estimate, markdown, predictions, put_between_marks
 
 _SKIPPED = 77  # what automake and meson call skipped
 
@@ -41,11 +41,15 @@ def main() -> int:
     table.add_argument("--short", action="store_true", help="only 100 Mbit/s and 1 ms")
     table.add_argument("--json", help="file for the results")
     table.add_argument("--readme", help="file that gets the table between its marks")
+    again = commands.add_parser("table", help="print or fill in the table of results again")
+    again.add_argument("json", help="file that compare --json wrote")
+    again.add_argument("--readme", help="file that gets the table between its marks")
     check = commands.add_parser("check", help="compare a table's results with what qgm plan predicts")
     check.add_argument("json", help="file that compare --json wrote")
     given = parser.parse_args()
-    if given.what == "check":
-        return _check(json.loads(Path(given.json).read_text()))
+    if given.what in ("check", "table"):
+        results = json.loads(Path(given.json).read_text())
+        return _check(results) if given.what == "check" else _table(results, given.readme)
     if wan_sandbox.INSIDE not in os.environ:
         reason = wan_sandbox.why_not()
         if reason is not None:
@@ -80,16 +84,29 @@ def _links(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    results = []
-    for network in cases(given.hosts, given.short):
+    results: list[dict[str, Any]] = []
+    networks = cases(given.hosts, given.short)
+    width = given.width
+    parameters = 65 * width + (given.depth - 1) * (width + 1) * width + 10 * (width + 1)
+    minutes = estimate(networks, given.methods, given.seconds, parameters) / 60
+    print(
+        f"{len(networks)} networks, {len(given.methods)} methods: about {minutes:.0f} min", file=sys.stderr, flush=True
+    )
+    for network in networks:
         results += compare(network, given.methods, given.seconds, given.width, given.depth, given.batch)
         print(markdown(results[-len(given.methods) :]), file=sys.stderr, flush=True)
-    if given.json:
-        Path(given.json).write_text(json.dumps(results, indent=1) + "\n")
+        if given.json:  # after each, so that what was measured is not lost
+            Path(given.json).write_text(json.dumps(results, indent=1) + "\n")
+    _table(results, given.readme)
+
+
+def _table(results: list[dict[str, Any]], readme: str | None) -> int:
+    """Print the table, and put it into a file if one is given."""
     table = markdown(results)
     print(table)
-    if given.readme:
-        put_between_marks(Path(given.readme), table)
+    if readme:
+        put_between_marks(Path(readme), table)
+    return 0
 
 
 def _check(results: list[dict[str, Any]]) -> int:

@@ -14,7 +14,7 @@ from wan_methods import METHODS
 from qgm_ext.experiments import plan
 from qgm_ext.experiments.plan import ALL_REDUCE
 
-__all__ = ["cases", "compare", "markdown", "predictions", "put_between_marks"]
+__all__ = ["cases", "compare", "estimate", "markdown", "predictions", "put_between_marks"]
 
 _BEGIN, _END = "<!-- wan table -->", "<!-- end -->"
 _BASELINE = "ddp"
@@ -29,6 +29,9 @@ _PLANNED = {
     "bare_one_peer": ("one_peer_exponential", "float32"),
     "bare_one_peer_bf16": ("one_peer_exponential", "bfloat16"),
 }
+
+_GRADIENT, _START_HOST = 0.02, 5.0  # seconds of a gradient, and that it takes to start a host, on two cores
+_FEWEST = 19  # steps of a method: 9 to find out how long one takes, and 10 or as many as fit
 
 Result = dict[str, Any]
 
@@ -45,6 +48,20 @@ def cases(hosts: Sequence[int], short: bool) -> list[Network]:
             Network(n, 100e6, 0.001, slow_host=n - 1),
         )
     ]
+
+
+def estimate(networks: Sequence[Network], methods: Sequence[str], seconds: float, parameters: int) -> float:
+    """About how many seconds :func:`compare` takes for all networks, by the step times that ``qgm plan`` predicts."""
+    total = 0.0
+    for network in networks:
+        slowest = min(network.rate_of(host) for host in range(network.hosts))
+        planned = plan.make(parameters, plan.Network(network.hosts, slowest, network.delay, _GRADIENT)).choices
+        steps = {(choice.topology, choice.message): choice.seconds for choice in planned}
+        total += _START_HOST * network.hosts
+        for method in methods:
+            step = steps[_PLANNED.get(method, _PLANNED[_BASELINE])]
+            total += _FEWEST * step + max(0.0, seconds - 10 * step)
+    return total
 
 
 def compare(
@@ -98,7 +115,7 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         f"Delay (one way) by {', '.join(ways)}; model of {', '.join(f'{size:,}' for size in sizes)} parameters; "
         f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each, but at "
-        "least 19 steps.",
+        f"least {_FEWEST} steps.",
     ]
     return "\n".join(lines)
 

@@ -36,6 +36,14 @@ def test_every_algorithm_has_a_row():
     assert set(ALGORITHMS) == set(algorithms.names())
 
 
+def test_every_algorithm_names_its_source_and_what_of_it_was_not_verified():
+    for name in algorithms.names():
+        documentation = algorithms.get_class(name).__doc__ or ""
+        assert "Source: " in documentation, name
+        recalled = name in {"choco_sgd", "damsgrad", "ngc", "qg_dadam", "slowmo"} or "saddle" in name
+        assert any(word in documentation.lower() for word in ("recalled", "not verified")) == recalled, name
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_heterogeneous_quadratic_reaches_the_predicted_point(name):
     row = ROWS[name]

@@ -118,6 +118,8 @@ class CsgdmN(Csgdm):
 
     .. math::
         m \leftarrow \beta m + g', \qquad x \leftarrow x - \eta (g' + \beta m), \qquad g' = \bar g + \lambda x
+
+    Source: as :class:`Csgdm`.
     """
 
     name: ClassVar[str] = "csgdm_n"

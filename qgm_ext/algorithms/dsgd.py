@@ -125,6 +125,8 @@ class DsgdmN(Dsgdm):
 
     .. math::
         m_i \leftarrow \beta m_i + g_i', \qquad x_i \leftarrow \sum_j w_{ij} (x_j - \eta (g_j' + \beta m_j))
+
+    Source: as :class:`Dsgdm`.
     """
 
     name: ClassVar[str] = "dsgdm_n"

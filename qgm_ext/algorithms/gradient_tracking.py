@@ -113,6 +113,8 @@ class GradientTrackingMN(GradientTrackingM):
 
     .. math::
         M_i \leftarrow \beta M_i + y_i, \qquad x_i^+ = \sum_j w_{ij} x_j - \eta (y_i + \beta M_i)
+
+    Source: as :class:`GradientTrackingM`.
     """
 
     name: ClassVar[str] = "gradient_tracking_m_n"

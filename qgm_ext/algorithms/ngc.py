@@ -141,6 +141,8 @@ class CompNgc(Ngc):
     Example:
         >>> CompNgc(lr=0.1).state_names
         ('momentum_buffer', 'sent_params', 'own_error_memory', 'link_error_memory')
+
+    Source: as :class:`Ngc`.
     """
 
     name: ClassVar[str] = "comp_ngc"
@@ -226,6 +228,8 @@ class CompNSaddle(CompNgc):
 
     Args:
         rho: how far up the slope gradients are taken, >= 0, in units of the parameters.
+
+    Source: as :class:`QSaddle`.
     """
 
     name: ClassVar[str] = "comp_n_saddle"

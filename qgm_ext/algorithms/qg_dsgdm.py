@@ -102,6 +102,8 @@ class QgDsgdmN(QgDsgdm):
         x_i^+ = \sum_j w_{ij} \bigl( x_j - \eta (g_j' + \beta m_j) \bigr), \qquad m_j = \beta \hat m_j + g_j'
 
     and ``m_hat`` as in :class:`QgDsgdm`.
+
+    Source: as :class:`QgDsgdm`.
     """
 
     name: ClassVar[str] = "qg_dsgdm_n"

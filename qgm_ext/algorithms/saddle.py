@@ -98,6 +98,8 @@ class CompQSaddle(QSaddle):
         bits: of qsgd, without the sign. ratio: share that top_k and random_k leave out.
         gamma: consensus step size in (0, 1]; the stronger the compression, the smaller it must be.
         seed: of the random compressors.
+
+    Source: as :class:`QSaddle`.
     """
 
     name: ClassVar[str] = "comp_q_saddle"

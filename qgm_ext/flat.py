@@ -16,9 +16,9 @@ __all__ = ["ALIGNMENT", "FlatLayout", "padded"]
 ALIGNMENT = 64  # elements: a cache line or more of every storage type, and whole vectors on every device
 
 
-def padded(size: int) -> int:
-    """``size`` rounded up to a multiple of ALIGNMENT."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def padded(size: int, alignment: int = ALIGNMENT) -> int:
+    """``size`` rounded up to a multiple of ``alignment``."""
+    return -(-size // alignment) * alignment
 
 
 class FlatLayout:
@@ -28,10 +28,13 @@ class FlatLayout:
 
     Args:
         shapes: the shapes, in order.
+        strides: of each tensor, without gaps or overlap, as those of a channels_last parameter. (Default: the last
+            dimension is contiguous.)
+        alignment: elements; 1 leaves no gaps.
 
     Attributes:
         shapes, offsets: of each tensor. segments: (offset, number of elements) of each. size: elements of the buffer, a
-            multiple of ALIGNMENT.
+            multiple of ``alignment``. strides: as given, or None.
 
     Example:
         >>> layout = FlatLayout([(2, 3), (5,)])
@@ -39,12 +42,18 @@ class FlatLayout:
         ((0, 64), 128)
     """
 
-    def __init__(self, shapes: Iterable[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        shapes: Iterable[Sequence[int]],
+        strides: Iterable[Sequence[int]] | None = None,
+        alignment: int = ALIGNMENT,
+    ) -> None:
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.strides = None if strides is None else tuple(tuple(stride) for stride in strides)
         offsets, end = [], 0
         for shape in self.shapes:
             offsets.append(end)
-            end += padded(shape.numel())
+            end += padded(shape.numel(), alignment)
         self.offsets = tuple(offsets)
         self.segments = tuple((offset, shape.numel()) for offset, shape in zip(offsets, self.shapes, strict=True))
         self.size = end
@@ -54,6 +63,12 @@ class FlatLayout:
         if buffer.shape[-1] != self.size:
             raise ValueError(f"buffer must have {self.size} elements in its last dimension, got {list(buffer.shape)}")
         lead = buffer.shape[:-1]
+        if self.strides is not None:
+            start, between = buffer.storage_offset(), buffer.stride()[:-1]
+            return [
+                buffer.as_strided((*lead, *shape), (*between, *stride), start + offset)
+                for shape, stride, offset in zip(self.shapes, self.strides, self.offsets, strict=True)
+            ]
         return [
             buffer.narrow(-1, offset, length).view((*lead, *shape))
             for (offset, length), shape in zip(self.segments, self.shapes, strict=True)

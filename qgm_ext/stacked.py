@@ -75,8 +75,8 @@ class StackedOptimizer:
         on_nonfinite: what a gradient with an infinity or NaN does: "ignore" steps all the same, as torch does; "skip"
             leaves everything as it is and counts the step in ``skipped_steps``; "raise" leaves everything as it is
             and raises. The last two read the gradient once more, and wait for the device.
-        layout: where single parameters lie in a row: compressors then take each for itself, and gaps are not sent.
-            (Default: a row is one parameter.)
+        layout: where single parameters lie in a row: compressors and what else goes parameter by parameter (qg_dadam's
+            variant v1) then take each for itself, and gaps are not sent. (Default: a row is one parameter, a vector.)
         message: how messages to neighbours are written (:mod:`qgm_ext.messages`): "float32", which is as they are (also
             float64), or "bfloat16" or "int8" with error feedback. The step is then not one fused pass, but what a
             process for each worker does.
@@ -146,7 +146,9 @@ class StackedOptimizer:
         self.skipped_steps = 0
         n, dim = x.shape
         algorithm.check(topology, self.x)
-        self._segments = _segments(layout, x.shape[1])
+        self._layout = FlatLayout([(dim,)], alignment=1) if layout is None else layout
+        if self._layout.size != dim:
+            raise ValueError(f"layout has {self._layout.size} elements, but x has rows of {dim}")
         self.bytes_sent = 0
         self.bytes_sent_per_step = 0
         self._previous_lr: float | None = None
@@ -252,7 +254,7 @@ class StackedOptimizer:
 
     def _step_with(self, x: Tensor, g: Tensor, state: dict[str, Tensor], eta: float) -> Step:
         previous = eta if self._previous_lr is None else self._previous_lr
-        return Step(self.num_steps, eta, previous, self.topology, x, g, state, dict(self._scalars), self._segments)
+        return Step(self.num_steps, eta, previous, self.topology, x, g, state, dict(self._scalars), self._layout)
 
     def _advance(self, g: Tensor, eta: float) -> None:
         """The step itself, after the checks."""
@@ -299,7 +301,7 @@ class StackedOptimizer:
             return links * part.message_bytes
         written = self._format_of(part)
         if written is not None:
-            vector = sum(written.message_bytes(length, compute.itemsize) for _, length in self._segments)
+            vector = sum(written.message_bytes(length, compute.itemsize) for _, length in self._layout.segments)
         return links * vector * ops.rules("cuda" if self.x.is_cuda else "cpu")[part.rule].messages
 
     def _format_of(self, part: Pass) -> messages.MessageFormat | None:
@@ -309,7 +311,7 @@ class StackedOptimizer:
     @property
     def _num_sent(self) -> int:
         """How many numbers a vector holds, gaps left out."""
-        return sum(length for _, length in self._segments)
+        return sum(length for _, length in self._layout.segments)
 
     def _gradient_is_finite(self, g: Tensor) -> bool:
         finite = ops.rows_are_finite(g)
@@ -383,15 +385,6 @@ class StackedOptimizer:
     def __repr__(self) -> str:
         n, dim = self.x.shape
         return f"StackedOptimizer({n} workers, D={dim}, {self.topology.name}, {self.algorithm})"
-
-
-def _segments(layout: FlatLayout | None, dim: int) -> tuple[tuple[int, int], ...]:
-    """(first, length) of each parameter in a row."""
-    if layout is None:
-        return ((0, dim),)
-    if layout.size != dim:
-        raise ValueError(f"layout has {layout.size} elements, but x has rows of {dim}")
-    return layout.segments
 
 
 def _numbers(part: Pass | RelayPass) -> Tensor | None:

@@ -11,7 +11,7 @@ from qgm_ext import StackedOptimizer, topology
 from qgm_ext.flat import FlatLayout
 from qgm_ext.optim import DecentralizedOptimizer
 
-SHAPES = [(3, 5), (), (70,), (2, 3, 4), (1,)]
+SHAPES = [(3, 5), (), (70,), (2, 3, 2, 2), (1,)]
 STEPS = 4
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qgm_ext.flat import FlatLayout
 from qgm_ext.hints import did_you_mean
 from qgm_ext.mixing import Mixing
 from qgm_ext.trees import Tree, Trees
@@ -108,7 +109,7 @@ class Step:
         g: gradients, like x.
         state: the state vectors by name, like x.
         scalars: numbers that the algorithm keeps for each worker, [n] float64 by name; values may be replaced.
-        segments: (first, length) of each parameter in a row.
+        layout: where each parameter lies in a row.
         worker: whose row it is, in a process of its own; None if the rows are those of all workers.
         round: how often the workers have averaged before, if that is not in every step; the time of the topology.
     """
@@ -121,7 +122,7 @@ class Step:
     g: Tensor
     state: Mapping[str, Tensor]
     scalars: dict[str, Tensor]
-    segments: tuple[tuple[int, int], ...]
+    layout: FlatLayout
     worker: int | None = None
     round: int | None = None
 

@@ -45,7 +45,8 @@ class ChocoSgd(MomentumAlgorithm):
     Q takes each parameter for itself where the optimizer knows them (in the Simulator), else a worker's whole row.
     x_hat = 0 at the start; sum_j w_ij x_hat_j is kept as one vector. With compressor "none" and gamma = 1 "atc" is
     DSGD, and "cta" is DSGD that combines first, from the second step on. A step is two fused passes around the
-    compressor, and one compressed vector to each neighbour.
+    compressor, and one compressed vector to each neighbour. The topology must be static: that one vector is a sum with
+    one set of weights.
 
     Args:
         order: "atc", the paper's order [recalled], or "cta", that of the published codes.
@@ -109,12 +110,12 @@ class ChocoSgd(MomentumAlgorithm):
         yield Pass("choco_send", hyper, (m, known, mixed, message), identity_mixing(step.num_workers))
         vector = step.state[message]
         compressor = self.make_compressor()
-        size = sum(compressor.message_bytes(length, vector.element_size()) for _, length in step.segments)
+        size = sum(compressor.message_bytes(length, vector.element_size()) for _, length in step.layout.segments)
         packed = None
         if step.worker is None:
-            self.compress_(vector, step.number, step.segments)
+            self.compress_(vector, step.number, step.layout.segments)
         else:
-            number, segments = step.number, step.segments
+            number, segments = step.number, step.layout.segments
             packed = PackedMessage(
                 self.pack(vector[0], number, segments, step.worker),
                 lambda data, worker, out: self.unpack(data, out, number, segments, worker),

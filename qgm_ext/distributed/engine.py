@@ -26,7 +26,7 @@ from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
 from qgm_ext.distributed.gossip import GossipPlan, GossipRound, blocks_of
-from qgm_ext.flat import ALIGNMENT
+from qgm_ext.flat import ALIGNMENT, FlatLayout
 from qgm_ext.messages import MessageFormat
 from qgm_ext.mixing import Mixing
 from qgm_ext.topology import Topology
@@ -43,13 +43,13 @@ class Vectors(NamedTuple):
         x: parameters, [1, D]. g: gradient at x, [1, D].
         state: the state vectors by name, each [1, D] in the compute dtype; for relayed sums those of
             :func:`relay_state_names`.
-        segments: (first, length) of each parameter in the row.
+        layout: where each parameter lies in the row.
     """
 
     x: Tensor
     g: Tensor
     state: Mapping[str, Tensor]
-    segments: tuple[tuple[int, int], ...]
+    layout: FlatLayout
 
 
 @dataclass
@@ -316,7 +316,7 @@ class WorkerEngine:
 
     def count(self, part: Pass | RelayPass, vectors: Vectors) -> None:
         """Count the bytes of one pass."""
-        segments, n = vectors.segments, self.topology.num_workers
+        segments, n = vectors.layout.segments, self.topology.num_workers
         itemsize = ops.compute_dtype(vectors.x.dtype).itemsize
         numbers = sum(length for _, length in segments)
         if isinstance(part, RelayPass):
@@ -466,7 +466,7 @@ class Turn:
             vectors.g,
             vectors.state,
             dict(clock.scalars),
-            vectors.segments,
+            vectors.layout,
             engine.worker,
             clock.round,
         )

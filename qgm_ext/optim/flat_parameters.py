@@ -61,8 +61,8 @@ class FlatParameters:
         large = sys.maxsize if whole else LARGE[self.device.type]
         self.params = sorted(params, key=lambda p: p.numel() >= large)  # sorted is stable
         self._num_small = sum(p.numel() < large for p in params)
-        self._layout = FlatLayout(p.shape for p in self.params)
         self._strides = [dense_strides(p) for p in self.params]
+        self._layout = FlatLayout([p.shape for p in self.params], self._strides)
         self.x = self._layout.allocate(dtype=self.dtype, device=self.device)
         self._views = self._view(self.x)
         self.steps = torch.zeros(len(self.params), dtype=torch.int64)
@@ -248,7 +248,7 @@ class FlatParameters:
             )
         if self._vectors is None:
             found = {name: buffer[None] for name, buffer in self._buffers.items()}
-            self._vectors = Vectors(self.x[None], self._gathered[None], found, self._layout.segments)
+            self._vectors = Vectors(self.x[None], self._gathered[None], found, self._layout)
         return self._vectors, fresh
 
     def gather(self, indices: Iterable[int], maximize: bool) -> None:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from rows.adam import ADAM, ADAM_RULE, DAdam
-from rows.base import AlgorithmRow, Array, Digits, RuleRow, scalars
+from rows.base import AlgorithmRow, Array, Digits, RuleRow
 
 
 class QgDadam(DAdam):
-    row_scalars = 2
-    local_moment = False
-
-    def __init__(self, dtype: Any, hyper: list[float]) -> None:
-        super().__init__(dtype, hyper[:7])
-        (self.gain,) = scalars(dtype, hyper[7])
+    row_scalars = 1
 
     def set_row(self, values: Array) -> None:
-        self.q, self.s = values
+        (self.q,) = values
+
+    def decayed(self, x: Array, g: Array, state: list[Array]) -> Array:
+        return g + self.wd * x
+
+    def first_moment(self, state: list[Array], d: Array, decayed: Array) -> Array:
+        state[0][:] = self.b1 * state[0] + self.one_b1 * d
+        return self.b1 * state[0] + decayed
 
     def local(self, x: Array, g: Array, state: list[Array]) -> list[Array]:
-        d = self.q * state[2]
-        decayed = self.s * g + self.wd * x
-        state[0][:] = self.b1 * state[0] + self.one_b1 * (decayed if self.local_moment else d)
+        d, decayed = self.q * state[2], self.decayed(x, g, state)
+        m = self.first_moment(state, d, decayed)
         state[1][:] = self.b2 * state[1] + self.one_b2 * (d * d)
-        m = state[0] if self.local_moment else self.b1 * state[0] + self.gain * decayed
         v = self.b2 * state[1] + self.one_b2 * (decayed * decayed)
         return [x - self.size * m / (np.sqrt(v) * self.scale + self.eps)]
 
@@ -35,8 +33,19 @@ class QgDadam(DAdam):
         return mixed[0]
 
 
+class QgDadamV1(QgDadam):
+    def decayed(self, x: Array, g: Array, state: list[Array]) -> Array:
+        return state[3] * g + self.wd * x
+
+    def first_moment(self, state: list[Array], d: Array, decayed: Array) -> Array:
+        state[0][:] = self.b1 * state[0] + self.one_b1 * d
+        return self.b1 * state[0] + self.one_b1 * decayed
+
+
 class QgDadamV2(QgDadam):
-    local_moment = True
+    def first_moment(self, state: list[Array], d: Array, decayed: Array) -> Array:
+        state[0][:] = self.b1 * state[0] + self.one_b1 * decayed
+        return state[0]
 
 
 ALGORITHMS = {
@@ -45,6 +54,7 @@ ALGORITHMS = {
     ),
 }
 RULES = {
-    "qg_dadam": RuleRow(QgDadam, (*ADAM_RULE, 0.7), not_negative=(1,)),
-    "qg_dadam_v2": RuleRow(QgDadamV2, (*ADAM_RULE, 0.7), not_negative=(1,)),
+    "qg_dadam": RuleRow(QgDadam, ADAM_RULE, not_negative=(1,)),
+    "qg_dadam_v1": RuleRow(QgDadamV1, ADAM_RULE, not_negative=(1,)),
+    "qg_dadam_v2": RuleRow(QgDadamV2, ADAM_RULE, not_negative=(1,)),
 }

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import qgm_ext
+from qgm_ext.experiments import comparison_files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -136,3 +137,22 @@ def test_a_method_a_data_set_and_a_model_from_outside_get_their_row(tmp_path: Pa
     assert ran.returncode == 0, ran.stderr
     assert "tanh on rings, ring of 8" in ran.stdout
     assert re.search(r"fading_dsgdm +\d\d\.\d ± \d", ran.stdout), ran.stdout
+
+
+def test_the_word_models_of_the_adam_comparisons_differ_in_what_is_trained_alone() -> None:
+    """benchmarks/adam: from equal starts, dense gradients with fixed word vectors and mostly zero ones with trained."""
+    folder = EXAMPLES.parent / "benchmarks" / "adam"
+    plans = {name: comparison_files.read(folder / f"{name}.toml") for name in ("fixed", "trained", "digits")}
+    assert [plans[name].models for name in plans] == [("words_fixed",), ("words_trained",), ("mlp",)]
+    tokens = torch.randint(1, 4096, (16, 20), generator=torch.Generator().manual_seed(0))
+    outputs, zeros = [], []
+    for name in ("words_fixed", "words_trained"):
+        torch.manual_seed(0)
+        model = qgm_ext.models.get(name, (20,), 13, vocabulary=4096)
+        outputs.append(model(tokens))
+        outputs[-1].square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        zeros.append(float((gradient == 0).double().mean()))
+    assert torch.equal(*outputs)
+    assert zeros[0] < 0.1
+    assert zeros[1] > 0.9

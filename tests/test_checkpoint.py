@@ -100,10 +100,11 @@ def test_killed_workers_resume_to_the_same_bits(tmp_path):
     for rank in range(size):
         one, other = (torch.load(folder / f"final-{rank}.pt") for folder in (whole, killed))
         assert all(torch.equal(one[key], other[key]) for key in one)
-    # Old steps are gone: a worker keeps the last two whole ones, and removes the rest when it saves the next.
+    # Old steps are gone: a worker keeps the last two that are whole when it saves. Then the one that it hears from has
+    # saved the step before, and the one that this one hears from the step before that, at least.
     kept = sorted(int(path.name.removeprefix("step-")) for path in killed.glob("step-*"))
     assert kept[-2:] == [STEPS - 1, STEPS]
-    assert len(kept) <= 3
+    assert len(kept) <= 4
 
 
 def train(rank, folder, steps, topology="ring"):

@@ -220,6 +220,14 @@ class Algorithm:
         """
         return False
 
+    @property
+    def can_copy_workers(self) -> bool:
+        """Whether a worker may go on with a copy of another's parameters and state in place of its own: as with any
+        step that moves a worker towards another, nothing but the mean changes. Not where state is a part of a sum over
+        workers: corrections that cancel, relayed messages, copies that neighbours keep.
+        """
+        return self.can_lose_workers
+
     def state_rows(self, name: str, topology: Topology) -> int:
         """How many rows a state vector has: one for each worker, unless it belongs to something else."""
         return topology.num_workers

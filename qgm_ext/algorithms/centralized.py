@@ -51,6 +51,10 @@ class Csgd(Algorithm):
         return False
 
     @property
+    def can_copy_workers(self) -> bool:
+        return True
+
+    @property
     def rule(self) -> str:
         return "csgd"
 
@@ -91,6 +95,10 @@ class Csgdm(MomentumAlgorithm):
     @property
     def can_skip_gossip(self) -> bool:
         return False
+
+    @property
+    def can_copy_workers(self) -> bool:
+        return True
 
     @property
     def rule(self) -> str:
@@ -158,6 +166,10 @@ class Cadam(AdamAlgorithm):
     @property
     def can_skip_gossip(self) -> bool:
         return False
+
+    @property
+    def can_copy_workers(self) -> bool:
+        return True
 
     @property
     def rule(self) -> str:

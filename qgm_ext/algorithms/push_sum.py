@@ -53,6 +53,10 @@ class Sgp(MomentumAlgorithm):
         return self.name
 
     @property
+    def can_copy_workers(self) -> bool:
+        return True  # x is copied, and every worker knows the weights of all
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum_buffer",)
 

@@ -64,6 +64,10 @@ class Slowmo(MomentumAlgorithm):
         return False
 
     @property
+    def can_copy_workers(self) -> bool:
+        return True
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum_buffer", "slow_params", "slow_momentum_buffer")
 

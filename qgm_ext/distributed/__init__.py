@@ -20,6 +20,7 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
   :mod:`~qgm_ext.distributed.waiter`, threads that wait for messages;
 - :mod:`~qgm_ext.distributed.timeline`: :func:`trace`, a picture of what all workers do in their steps;
 - :mod:`~qgm_ext.distributed.checkpoint`: saving and resuming workers, and the average of their models;
+  :mod:`~qgm_ext.distributed.takeover`: whose state a worker takes up when its own is lost;
 - :mod:`qgm_ext.optim.peers`: parameter groups on top of it, and :mod:`qgm_ext.optim.overlap`, steps that begin during
   backward.
 

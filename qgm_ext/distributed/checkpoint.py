@@ -3,8 +3,9 @@
 Every worker writes what it needs to go on into a folder of its own with torch.distributed.checkpoint, beside its place,
 flushed, and renamed: FOLDER/step-00000120/worker-3-of-8. Nobody waits for anybody, and kill -9 of any or all workers at
 any moment leaves whole folders only. A step counts as saved when all its workers are there, and :func:`load` takes the
-last step that is. torch.distributed.checkpoint runs without its collectives, which would send pickled plans among the
-workers.
+last step that is; what is lost with a machine or its disk is replaced by a neighbour's
+(:mod:`qgm_ext.distributed.takeover`). torch.distributed.checkpoint runs without its collectives, which would send
+pickled plans among the workers.
 
 Only tensors go through it; all else of an optimizer's state is JSON, with a checksum of every tensor.
 """
@@ -14,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
 import warnings
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as _torch_checkpoint
 
+from qgm_ext.distributed.agreement import gather_json
+from qgm_ext.distributed.takeover import Sources, State, checksum, choose, hand_over
 from qgm_ext.experiments.runfolder import write_atomically
+from qgm_ext.optim import DecentralizedOptimizer
+from qgm_ext.optim.entries import with_numbers
 
 __all__ = ["Loaded", "consensus_model", "discard_others", "export_safetensors", "load", "save"]
 
@@ -40,6 +46,8 @@ _ABOUT = "about.json"
 _KEPT = 2  # whole steps; the last but one stays until the next is whole
 _STEP = re.compile(r"step-(\d{8,})")
 _WORKER = re.compile(r"worker-(\d+)-of-(\d+)")
+_BEGUN = re.compile(r"\.worker-(\d+)-of-(\d+)\.json")
+_logger = logging.getLogger("qgm_ext.distributed")
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,17 @@ class Loaded:
     Args:
         step: that the checkpoint is of.
         extra: what was saved with it.
-        resumed: True: to the same bits; False: from the average of another number of workers, with the optimizer's
+        resumed: True: as it was saved; False: from the average of another number of workers, with the optimizer's
             state at its start.
-        note: what a user should know; empty if there is nothing.
+        note: what a user should know; empty if there is nothing, and the training goes on to the same bits.
+        taken: the workers whose state is lost, and whose each of them has taken up, ``extra`` included.
     """
 
     step: int
     extra: dict[str, Any]
     resumed: bool
     note: str
+    taken: dict[int, int] = field(default_factory=dict)
 
 
 def save(
@@ -72,7 +82,8 @@ def save(
     """Save this worker; to be called by every worker after the same step.
 
     Saves parameters and buffers of the model, the optimizer's state, and the state of torch's random numbers on the
-    CPU. What this worker saved before the last two whole steps is removed.
+    CPU. What this worker saved before the last two whole steps is removed; where a machine sees only some of the
+    workers, a step is whole for it when all of these have saved it.
 
     Args:
         folder: of all checkpoints of the run; shared by the workers or each machine's own.
@@ -104,7 +115,7 @@ def save(
         "extra": _pack("extra", dict(extra or {}), tensors),
         "random": _pack("random", torch.get_rng_state(), tensors),
     }
-    content["checksums"] = {key: _checksum(tensor) for key, tensor in tensors.items()}
+    content["checksums"] = {key: checksum(tensor) for key, tensor in tensors.items()}
     root = Path(folder)
     target = root / f"step-{step:08d}" / f"worker-{rank}-of-{size}"
     temporary = target.with_name(f".{target.name}.tmp")
@@ -121,7 +132,11 @@ def save(
     os.rename(temporary, target)
     for parent in (target.parent, root):
         _sync(parent)
-    _remove_old(root, rank, size)
+    start = _started(root, rank, size)
+    if start is None or not start["saved"]:
+        start = {"start": "" if start is None else start["start"], "saved": True}
+        _write_start(root, rank, size, start)
+    _remove_old(root, rank, size, start["start"])
     return target
 
 
@@ -132,11 +147,19 @@ def load(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Loaded | None:
-    """Take up the last step that all workers have saved; a collective.
+    """Take up the last step that all workers have saved; a collective, also for the first start of a training.
 
-    With as many workers as saved it, each goes on to the same bits. With another number all start from the average of
-    the saved models (which must all be visible to every worker), with the optimizer as it is: momentum belongs to a
-    worker that is no more, so it starts anew. ``note`` says so.
+    With as many workers as saved it, each goes on to the same bits, on whatever machine its state is. Is that of some
+    worker left on none (another disk, another machine), the worker takes up that of a neighbour that has saved the
+    step, random numbers excepted: ``note``, ``taken`` and a line in the log of the worker say so. Algorithms whose
+    state is a part of a sum over workers refuse that (:attr:`qgm_ext.algorithms.Algorithm.can_copy_workers`).
+
+    With another number of workers all start from the average of the saved models (which must all be visible to every
+    worker), with the optimizer as it is: momentum belongs to a worker that is no more, so it starts anew. ``note`` says
+    so.
+
+    Called before there is anything to take up, it notes that the workers have begun, so that a worker that died before
+    it first saved is told from one whose files are lost.
 
     Args:
         folder: as in :func:`save`.
@@ -147,24 +170,32 @@ def load(
         What was loaded, or None if no step is whole.
 
     Raises:
-        ValueError: if a checkpoint is damaged or does not fit the model or the optimizer; it is named.
+        ValueError: if a checkpoint is damaged or does not fit the model or the optimizer, or a worker's state is lost
+            and the algorithm can't go on with another's; it is named.
+        OSError: if the folder can't be written to.
     """
     rank, size = _place(group)
     root = Path(folder)
-    mine = [step for step, workers in _saved(root).items() if rank in workers.get(size, ())]
-    common = _in_all(mine, group)
+    device = _device(group)
+    saved = _saved(root)
+    begun = _started(root, rank, size)
+    said: dict[str, Any] = {
+        "seen": [[step, sorted(workers[size])] for step, workers in saved.items() if size in workers],
+        "unsaved": begun is not None and not begun["saved"],
+        "start": secrets.token_hex(8),
+    }
+    every = [said] if size == 1 else gather_json(group, said, device)
+    sources = choose(
+        [dict(one["seen"]) for one in every],
+        [worker for worker, one in enumerate(every) if one["unsaved"]],
+        optimizer.topology if isinstance(optimizer, DecentralizedOptimizer) else None,
+    )
+    _write_start(root, rank, size, {"start": every[0]["start"], "saved": sources is not None})
     # An odd one out: a whole step of another number of workers, if it is newer, or the only one.
-    others = [
-        (step, n) for step, found in _saved(root).items() for n, ranks in found.items() if len(ranks) == n != size
-    ]
+    others = [(step, n) for step, found in saved.items() for n, ranks in found.items() if len(ranks) == n != size]
     other = _in_all([step for step, _ in others], group)
-    if common and (not other or common[-1] >= other[-1]):
-        path = root / f"step-{common[-1]:08d}" / f"worker-{rank}-of-{size}"
-        content, tensors = _read(path)
-        _fit(path, "model", lambda: model.load_state_dict(_unpack(content["model"], tensors)))
-        _fit(path, "optimizer", lambda: optimizer.load_state_dict(_unpack(content["optimizer"], tensors)))
-        torch.set_rng_state(_unpack(content["random"], tensors))
-        return Loaded(common[-1], _unpack(content["extra"], tensors), True, "")
+    if sources is not None and (not other or sources.step >= other[-1]):
+        return _take_up(root, model, optimizer, sources, group)
     if not other:
         return None
     step = other[-1]
@@ -177,6 +208,42 @@ def load(
         "saved models, with fresh optimizer state"
     )
     return Loaded(step, extra, False, note)
+
+
+def _take_up(
+    root: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sources: Sources,
+    group: dist.ProcessGroup | None,
+) -> Loaded:
+    """Take up a state that was saved by as many workers."""
+    rank, size = _place(group)
+    if sources.taken and isinstance(optimizer, DecentralizedOptimizer):
+        for param_group in optimizer.param_groups:
+            algorithm = optimizer.make_algorithm(with_numbers(param_group))
+            if not algorithm.can_copy_workers:
+                lost = ", ".join(map(str, sources.taken))
+                raise ValueError(
+                    f"{root} has lost the state of worker {lost} of {size} at step {sources.step}, and with "
+                    f"{algorithm.name} none can take up a neighbour's: state is a part of a sum over all workers. "
+                    "Bring the files back, or remove what is left to start anew"
+                )
+
+    def path(worker: int) -> Path:
+        return root / f"step-{sources.step:08d}" / f"worker-{worker}-of-{size}"
+
+    content, tensors = hand_over(sources, lambda worker: _read(path(worker)), group, _device(group))
+    owner = sources.owners[rank]
+    _fit(path(owner), "model", lambda: model.load_state_dict(_unpack(content["model"], tensors)))
+    _fit(path(owner), "optimizer", lambda: optimizer.load_state_dict(_unpack(content["optimizer"], tensors)))
+    if owner == rank:
+        torch.set_rng_state(_unpack(content["random"], tensors))
+    else:
+        _logger.warning("rank %d of %d takes up the state of worker %d of step %d", rank, size, owner, sources.step)
+    taken = ", ".join(f"worker {worker} takes up that of worker {other}" for worker, other in sources.taken.items())
+    note = f"{root} has not the state of every worker of step {sources.step} any more: {taken}" if taken else ""
+    return Loaded(sources.step, _unpack(content["extra"], tensors), True, note, sources.taken)
 
 
 def discard_others(folder: str | os.PathLike[str], workers: int) -> None:
@@ -283,7 +350,7 @@ def _in_all(steps: list[int], group: dist.ProcessGroup | None) -> list[int]:
     _, size = _place(group)
     if size == 1:
         return sorted(steps)
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    device = _device(group)
     count = torch.tensor([len(steps)], device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX, group=group)
     mine = torch.full((int(count),), -1, dtype=torch.int64, device=device)
@@ -293,19 +360,41 @@ def _in_all(steps: list[int], group: dist.ProcessGroup | None) -> list[int]:
     return sorted(set.intersection(*(set(some.tolist()) for some in every)) - {-1})
 
 
-def _remove_old(root: Path, rank: int, size: int) -> None:
-    """Remove this worker's folders of steps that are older than the last whole ones.
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the group's backend wants tensors of collectives."""
+    if _place(group)[1] > 1 and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
-    Where a machine sees only its own workers no step looks whole, so there the last ones of this worker count; workers
-    wait for each other in every step, so none is more than a step behind another.
-    """
+
+def _started(root: Path, rank: int, size: int) -> dict[str, Any] | None:
+    """What :func:`load` has noted of a worker here: in which start of all of them, and whether it has saved since."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # the latter: damaged, which is as good as none
+        found = json.loads((root / f".worker-{rank}-of-{size}.json").read_bytes())
+        if isinstance(found, dict) and isinstance(found.get("start"), str) and isinstance(found.get("saved"), bool):
+            return found
+    return None
+
+
+def _write_start(root: Path, rank: int, size: int, start: Mapping[str, Any]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(start).encode()
+    write_atomically(root / f".worker-{rank}-of-{size}.json", lambda file: file.write(text))
+
+
+def _remove_old(root: Path, rank: int, size: int, start: str) -> None:
+    """Remove this worker's folders of steps that are older than the last whole ones, of those whose files are here."""
+    here = {rank}
+    for name in os.listdir(root):
+        match = _BEGUN.fullmatch(name)
+        if match is not None and int(match[2]) == size:
+            found = _started(root, int(match[1]), size)
+            if found is not None and found["start"] == start:
+                here.add(int(match[1]))
     saved = _saved(root)
-    whole = [step for step, found in saved.items() if len(found.get(size, ())) == size]
-    own = [step for step, found in saved.items() if rank in found.get(size, ())]
-    alone = all(rank == min(found[size]) for found in saved.values() if size in found)
-    last = whole if whole or not alone else own
-    for step in own:
-        if len(last) >= _KEPT and step < last[-_KEPT]:
+    whole = [step for step, found in saved.items() if here <= found.get(size, set())]
+    for step, workers in saved.items():
+        if len(whole) >= _KEPT and step < whole[-_KEPT] and rank in workers.get(size, ()):
             _remove(root, step, rank, size)
 
 
@@ -357,12 +446,7 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _checksum(tensor: Tensor) -> int:
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> State:
     try:
         content = json.loads((path / _ABOUT).read_bytes())
         if content.get("format") != _FORMAT:
@@ -375,7 +459,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-        wrong = [key for key, wanted in content["checksums"].items() if _checksum(tensors[key]) != wanted]
+        wrong = [key for key, wanted in content["checksums"].items() if checksum(tensors[key]) != wanted]
         if wrong:
             raise ValueError(f"wrong checksum of {wrong[0]}")
     except (Exception, dcp.CheckpointException) as error:  # damaged bytes make json, pickle and torch raise anything

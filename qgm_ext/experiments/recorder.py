@@ -42,6 +42,7 @@ class Recorder:
         self._own_losses: list[Tensor] = []  # of a worker with peers, until they meet for an evaluation
         self._communication_before = Communication()  # of this worker in earlier legs of a resumed run
         self._bytes_of_others = 0  # by workers that are no more
+        self._replaced_workers = 0  # how often one has taken up the state of a neighbour
         self._spent = {"gradient": 0.0, "optimizer": 0.0, "evaluation": 0.0, "total": 0.0}
         self._start = 0.0
         self._loss_sum, self._loss_count = self._no_losses()
@@ -146,6 +147,8 @@ class Recorder:
         total = max(spent["total"], 1e-9)
         training = max(total - spent["evaluation"], 1e-9)
         summary = {key: value for key, value in self.records[-1].items() if not key.startswith("seconds")}
+        if isinstance(self._sim, ProcessWorker):
+            summary["replaced_workers"] = self._replaced_workers
         return summary | {
             "best_accuracy_local_mean": max(record["accuracy_local_mean"] for record in self.records),
             "num_parameters": self._sim.num_parameters,
@@ -186,13 +189,22 @@ class Recorder:
             "losses": torch.stack(self._own_losses) if self._own_losses else None,
             "communication": dataclasses.asdict(self._own_communication(sim)),
             "bytes_of_others": self._bytes_of_others,
+            "replaced_workers": self._replaced_workers,
             "spent": self.times(),
         }
 
-    def load_worker_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+    def load_worker_state(self, state: Mapping[str, Any], own: bool = True, replaced: int = 0) -> None:
+        """Go on from there.
+
+        Args:
+            state: from :meth:`worker_state`.
+            own: False: it is a neighbour's. Its losses since the last evaluation and its counts stand for the worker's
+                own; its records don't.
+            replaced: how many workers go on with a neighbour's.
+        """
         self.records, self._spent = state["metrics"], state["spent"]
-        self.own_records = state["own_metrics"]
+        self.own_records = state["own_metrics"] if own else []
+        self._replaced_workers = state.get("replaced_workers", 0) + replaced  # it is not in those of older versions
         self._own_losses = [] if state["losses"] is None else list(state["losses"])
         self._communication_before = Communication(**state["communication"])
         self._bytes_of_others = state["bytes_of_others"]

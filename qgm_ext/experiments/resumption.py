@@ -111,7 +111,8 @@ def save_worker(own: WorkerFiles, inputs: Inputs, recorder: Recorder, step: int)
 
 
 def restore_worker(own: WorkerFiles, out: Path, inputs: Inputs, recorder: Recorder) -> Point | None:
-    """Take up this worker's part, or, where there were more or fewer workers, the average of all; a collective.
+    """Take up this worker's part or what replaces it, or, where there were more or fewer workers, the average of all;
+    a collective.
 
     Raises:
         ValueError: if it is of another version or of another run.
@@ -132,9 +133,11 @@ def restore_worker(own: WorkerFiles, out: Path, inputs: Inputs, recorder: Record
         return Point(step, None, f"{loaded.note}; the run goes on at step {step} of {inputs.num_steps}")
     if extra["config_digest"] != _digest(config):
         raise ValueError(f"{own.checkpoints} belongs to another run than {runfolder.CONFIG} beside it")
-    recorder.load_worker_state(extra)
     inputs.sim.opt.skipped_steps = extra["skipped_steps"]
-    return Point(loaded.step, {"cpu": rng})
+    own_part = dist.get_rank() not in loaded.taken
+    recorder.load_worker_state(extra, own_part, len(loaded.taken))
+    note = f"{loaded.note}; the run goes on at step {loaded.step} of {inputs.num_steps}" if loaded.note else ""
+    return Point(loaded.step, {"cpu": rng} if own_part else None, note)
 
 
 def about(inputs: Inputs, tensorboard: bool) -> dict[str, Any]:

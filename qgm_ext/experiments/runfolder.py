@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 __all__ = [
     "CHECKPOINT",
+    "CHECKPOINTS",
     "CONFIG",
     "CURVES",
     "DIVERGED",
@@ -42,6 +44,8 @@ DIVERGED = "diverged.json"  # in place of a summary, where a comparison takes di
 CURVES = "learning_curves.png"
 CHECKPOINT = "checkpoint.pt"
 _LOCK = ".lock"
+CHECKPOINTS = "checkpoints"  # of workers in processes of their own
+_OF_WORKERS = re.compile(rf"{CHECKPOINTS}|worker-\d+-of-\d+")
 
 Record = Mapping[str, Any]
 
@@ -85,21 +89,26 @@ class RunFolder:
         self._metrics: IO[bytes] | None = None
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str]) -> RunFolder:
+    def create(cls, path: str | os.PathLike[str], beside_workers: bool = False) -> RunFolder:
         """Take a folder for a new run; it is made if need be.
+
+        Args:
+            path: of the folder.
+            beside_workers: what workers in processes of their own keep (:mod:`qgm_ext.experiments.worker_files`) may be
+                there, as on a machine that was not the first of them before.
 
         Raises:
             ValueError: if it is not empty, can't be written to, or is in use.
         """
         folder = Path(path)
-        check_empty(folder)  # before anything is written into a folder that is not ours
+        check_empty(folder, beside_workers)  # before anything is written into a folder that is not ours
         try:
             folder.mkdir(parents=True, exist_ok=True)
             run = cls(folder, lock_folder(folder))
         except OSError as error:
             raise ValueError(f"out folder {folder} can't be written to: {error.strerror or error}") from error
         try:
-            check_empty(folder)  # again: another run may have come first
+            check_empty(folder, beside_workers)  # again: another run may have come first
             run._remove_leftovers()
         except BaseException:
             run.close()
@@ -274,8 +283,10 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_empty(folder: Path) -> None:
-    """Raise ValueError if a folder holds anything but what is left by a run that was killed before its first file."""
+def check_empty(folder: Path, beside_workers: bool = False) -> None:
+    """Raise ValueError if a folder holds anything but what is left by a run that was killed before its first file, or,
+    ``beside_workers``, by workers of a run of which nothing else is there.
+    """
     if not os.path.lexists(folder):
         return
     try:
@@ -283,6 +294,8 @@ def check_empty(folder: Path) -> None:
     except OSError as error:
         raise ValueError(f"out folder {folder} can't be used: {error.strerror or error}") from error
     foreign = [name for name in names if name != _LOCK and not (name.startswith(".") and name.endswith(".tmp"))]
+    if beside_workers and CONFIG not in foreign:
+        foreign = [name for name in foreign if _OF_WORKERS.fullmatch(name) is None]
     if foreign:
         hint = f"; --resume {folder} continues the run in it" if CONFIG in foreign else ""
         raise ValueError(f"out folder {folder} is not empty, it holds {foreign[0]}{hint}")

@@ -144,7 +144,7 @@ class Training:
 
             def take() -> str:
                 if out is not None:
-                    taken.append(stack.enter_context(RunFolder.create(out)))
+                    taken.append(stack.enter_context(RunFolder.create(out, beside_workers=has_peers())))
                 return ""
 
             by_first(take)
@@ -153,6 +153,8 @@ class Training:
             if out is not None:
                 by_first(self._write_start)
                 self._take_own_files(stack, Path(out))
+                if self._own is not None:  # a run whose first machine is another one now
+                    self._go_on(resumption.restore_worker(self._own, Path(out), self._inputs, self._recorder))
             self._stack = stack.pop_all()
 
     @classmethod
@@ -176,7 +178,8 @@ class Training:
             ValueError: if there is no run in the folder, a file is damaged, or ``given`` contradicts the run.
 
         In a process group of another size than before, all workers start from the average of the saved models, at the
-        epoch (of a run of so many steps: at the step) where it was; ``notes`` says so.
+        epoch (of a run of so many steps: at the step) where it was; ``notes`` says so. As it does where a worker whose
+        checkpoints are lost takes up those of a neighbour (:func:`qgm_ext.distributed.checkpoint.load`).
         """
         algorithms.check_number("checkpoint_seconds", checkpoint_seconds, low=0.0)
         self = cls.__new__(cls)

@@ -21,11 +21,9 @@ from qgm_ext.distributed import checkpoint
 from qgm_ext.distributed.agreement import gather_json
 from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments import events
-from qgm_ext.experiments.runfolder import RunFolder
+from qgm_ext.experiments.runfolder import CHECKPOINTS, RunFolder
 
 __all__ = ["WorkerFiles", "by_first", "has_peers"]
-
-_CHECKPOINTS = "checkpoints"
 
 
 def has_peers() -> bool:
@@ -71,7 +69,7 @@ class WorkerFiles:
 
     def __init__(self, out: Path, sim: ProcessWorker, tensorboard: bool, checkpoint_seconds: float) -> None:
         self._sim = sim
-        self.checkpoints = out / _CHECKPOINTS
+        self.checkpoints = out / CHECKPOINTS
         self._seconds = checkpoint_seconds
         self._writer: events.EventWriter | None = None
         self._since, self._since_step, self._next = time.perf_counter(), 0, 1
@@ -81,7 +79,7 @@ class WorkerFiles:
             self._stack = stack.pop_all()
 
     def load(self) -> tuple[checkpoint.Loaded, torch.Tensor] | None:
-        """Take up the last step that all workers have saved; a collective.
+        """Take up the last step that all workers have saved, if there is one; a collective, also in a new run.
 
         Returns:
             What was loaded, and the state of torch's random numbers, which are left as they are; None before the first.

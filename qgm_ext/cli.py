@@ -225,14 +225,18 @@ def train(
             stack.enter_context(training)
         folder = out or resume
         traced = None if trace is None or folder is None else timeline.trace_steps(folder / "trace.json", trace)
-        # Workers in processes of their own would stop at different steps, and wait for each other.
-        stopping = stop_on_signal() if processes == 1 else contextlib.nullcontext(Stop())
+        # Without a folder workers in processes of their own have nothing to keep, and so no need to end together.
+        alone = processes == 1
+        stopping = stop_on_signal(once=alone) if alone or folder is not None else contextlib.nullcontext(Stop())
         with _run_errors(folder), stopping as stop, traced or contextlib.nullcontext(lambda: None) as after_step:
             _announce(console, training)
             result = _run(console, training, stop, after_step)
         if not result.finished:
-            _say_interrupted(training, folder, stop)
-            raise typer.Exit(128 + stop.signals[0])
+            # Another worker may have got the signal.
+            number = stop.signals[0] if stop.signals else signal.SIGTERM
+            if not console.quiet:
+                _say_interrupted(training, folder, number, alone)
+            raise typer.Exit(128 + number)
     _show_result(console, result)
     if folder is not None:
         console.print(f"Files are in {folder}", markup=False, highlight=False, soft_wrap=True)
@@ -317,14 +321,14 @@ def _progress_text(record: Record, training: Training) -> str:
     return f"step {record['step']}/{training.num_steps}, epoch {record['epoch']:g}{loss}, {_accuracy_text(record)}"
 
 
-def _say_interrupted(training: Training, folder: Path | None, stop: Stop) -> None:
-    name = signal.Signals(stop.signals[0]).name
+def _say_interrupted(training: Training, folder: Path | None, number: int, alone: bool) -> None:
+    name = signal.Signals(number).name
     if folder is None:
         typer.echo(f"qgm: stopped by {name} at step {training.step}; without --out nothing was kept", err=True)
     else:
         typer.echo(
             f"qgm: stopped by {name} at step {training.step} of {training.num_steps}, checkpoint written; "
-            f"continue with: qgm train --resume {folder}",
+            f"continue with: {'qgm' if alone else 'torchrun ... -m qgm_ext'} train --resume {folder}",
             err=True,
         )
 

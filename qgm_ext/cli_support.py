@@ -53,10 +53,13 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[Stop]:
+def stop_on_signal(once: bool = True) -> Iterator[Stop]:
     """Let ctrl-C and SIGTERM end the run between two steps; a second ctrl-C ends it at once.
 
     A KeyboardInterrupt could come in the middle of a step and leave parameters that no uninterrupted run has.
+
+    Args:
+        once: False: a second one changes nothing, for torchrun sends on what its workers have got already.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
@@ -64,7 +67,7 @@ def stop_on_signal() -> Iterator[Stop]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.signals:
+        if stop.signals and once:
             raise KeyboardInterrupt
         stop.signals.append(number)
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def flattened(model: torch.nn.Module) -> Tensor:
 def one_worker(
     rank: int, size: int, store: str, out: str, config: dict[str, Any], stop: int | None, seconds: float
 ) -> None:
-    """Start the run in ``out`` or go on with it; ``stop``: end after so many steps."""
+    """Start the run in ``out`` or go on with it; ``stop``: the last worker shall end after so many steps."""
     torch.set_num_threads(1)
     sys.stderr = open(f"{store}-{rank}.log", "w")  # noqa: SIM115 - until the process ends
     with process_group(rank, size, store):
@@ -55,7 +56,7 @@ def one_worker(
         )
         with make(out, checkpoint_seconds=seconds) as training:
             notes = training.notes
-            result = training.run(should_stop=lambda: training.step == stop)
+            result = training.run(should_stop=lambda: rank == size - 1 and training.step == stop)
             model = flattened(result.simulator.model)
             torch.save({"model": model, "metrics": result.metrics, "notes": notes}, f"{store}-{rank}.pt")
 
@@ -149,9 +150,11 @@ def test_killed_workers_go_on_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_another_number_of_workers_goes_on_from_the_average(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    before = Workers(tmp_path, out, 3, stop=13).results()  # of 12 steps an epoch
+    before = Workers(tmp_path, out, 3, stop=13, seconds=0.0).results()  # of 12 steps an epoch
     average = torch.stack([result["model"].double() for result in before]).mean(0)
-    now = Workers(tmp_path, out, 2, stop=20)  # steps an epoch: 18, so that it goes on at step 20, and stops at once
+    now = Workers(
+        tmp_path, out, 2, stop=20, seconds=0.0
+    )  # steps an epoch: 18, so that it goes on at step 20, and stops at once
     for result in now.results():
         assert len(result["notes"]) == 1
         assert "was saved by 3 workers at step 13, now there are 2: all start from the average" in result["notes"][0]
@@ -186,4 +189,43 @@ def test_torchrun_starts_killed_workers_again_and_they_go_on(tmp_path: Path) -> 
             torchrun.wait()
     assert "resumed at step" in (tmp_path / "log").read_text()
     expected = run(TrainConfig(workers=2, num_train=300, epochs=8, batch=4, alpha=1.0, threads=1))
+    assert figures(lines(out / "metrics.jsonl")) == figures(expected.metrics)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_ends_in_a_checkpoint_of_all_workers(tmp_path: Path) -> None:
+    """As a cluster does it that takes its machines back; and the run goes on to the same bits."""
+    options = ["--num-train", "300", "--epochs", "4", "--batch", "4", "--alpha", "1", "--threads", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = tmp_path / "run"
+    train = [*launch, "-m", "qgm_ext", "train"]
+    command = [*train, *options, "--out", str(out), "--checkpoint-seconds", "1000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        torchrun = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 120
+            while not (out.exists() and saved_steps(out) > 0) and time.monotonic() < end:
+                time.sleep(0.005)
+            torchrun.send_signal(signal.SIGTERM)
+            assert torchrun.wait(timeout=60) != 0
+        finally:
+            torchrun.kill()
+            torchrun.wait()
+    text = (tmp_path / "log").read_text()
+    found = re.search(r"^qgm: stopped by SIGTERM at step (\d+) of (\d+), checkpoint written; (.*)$", text, re.MULTILINE)
+    assert found is not None, text
+    assert found[3] == f"continue with: torchrun ... -m qgm_ext train --resume {out}"
+    assert text.count("stopped by SIGTERM") == 1
+    step = int(found[1])
+    assert step < int(found[2])
+    kept = {path.name for path in (out / "checkpoints" / f"step-{step:08d}").iterdir()}
+    assert kept == {"worker-0-of-2", "worker-1-of-2"}
+    assert saved_steps(out) == step
+    again = subprocess.run(
+        [*train, "--resume", str(out)], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"resumed at step {step} of {found[2]}" in again.stdout
+    expected = run(TrainConfig(workers=2, num_train=300, epochs=4, batch=4, alpha=1.0, threads=1))
     assert figures(lines(out / "metrics.jsonl")) == figures(expected.metrics)

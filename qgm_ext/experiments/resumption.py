@@ -92,7 +92,7 @@ def restore(folder: RunFolder, inputs: Inputs, recorder: Recorder) -> Point | No
 
 
 def save_worker(own: WorkerFiles, inputs: Inputs, recorder: Recorder, step: int) -> None:
-    """Write this worker's part of a checkpoint; a collective.
+    """Write this worker's part of a checkpoint.
 
     Raises:
         OSError: if it can't be written.

@@ -9,6 +9,7 @@ a folder on each. What goes into the records and checkpoints is said by :mod:`qg
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from qgm_ext.experiments import events
 from qgm_ext.experiments.runfolder import CHECKPOINTS, RunFolder
 
 __all__ = ["WorkerFiles", "by_first", "has_peers"]
+
+_TOGETHER = 0.5  # seconds between the moments at which workers agree on what to do
 
 
 def has_peers() -> bool:
@@ -72,7 +75,7 @@ class WorkerFiles:
         self.checkpoints = out / CHECKPOINTS
         self._seconds = checkpoint_seconds
         self._writer: events.EventWriter | None = None
-        self._since, self._since_step, self._next = time.perf_counter(), 0, 1
+        self._since, self._since_step, self._next, self._saved = time.perf_counter(), 0, 0, -math.inf
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(RunFolder.of_worker(out / f"worker-{sim.worker}-of-{sim.num_workers}"))
             self._tensorboard = self._folder.file("tensorboard") if tensorboard else None
@@ -92,30 +95,46 @@ class WorkerFiles:
             return None if loaded is None else (loaded, torch.get_rng_state())
 
     def save(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Save this worker, and agree with the others after which step to do so again; a collective.
+        """Save this worker.
 
         Raises:
             OSError: if it can't be written.
         """
-        each = (time.perf_counter() - self._since) / max(step - self._since_step, 1)
         self._folder.flush_metrics()
         checkpoint.save(self.checkpoints, self._sim.model, self._sim.opt, step, extra=extra)
-        # Workers must save the same steps, so they count steps; how many there are in a time is said by rank 0.
-        steps = torch.tensor(max(1, int(self._seconds / max(each, 1e-9))))
-        dist.broadcast(steps, 0)
-        self._since, self._since_step, self._next = time.perf_counter(), step, step + int(steps)
+        self._saved = time.perf_counter()
 
-    def due(self, step: int) -> bool:
-        """Whether it is time to save; all workers get the same answer."""
-        return step >= self._next
+    def agree(self, step: int, stopping: bool) -> tuple[bool, bool]:
+        """What all workers do now, before step number ``step``; a collective about twice a second.
+
+        They must save and stop at the same steps, and signals reach them at different ones. So they count steps to the
+        next moment at which they tell each other; between two checkpoints nobody gets ahead of another.
+
+        Args:
+            step: how many have been taken.
+            stopping: whether this worker shall stop.
+
+        Returns:
+            Whether all stop, because one shall, and whether all save after the next step.
+        """
+        if step < self._next:
+            return False, False
+        now, taken = time.perf_counter(), step - self._since_step
+        each = (now - self._since) / taken if taken else math.inf
+        ahead = max(1, int(min(self._seconds, _TOGETHER) / max(each, 1e-9)))
+        said = torch.tensor([int(stopping), int(now - self._saved >= self._seconds), -ahead])
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        stops, due, behind = said.tolist()
+        self._since, self._since_step, self._next = now, step, step - behind
+        return bool(stops), bool(due)
 
     def start(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Make metrics and events hold exactly these records; from now on the time between checkpoints runs."""
+        """Make metrics and events hold exactly these records; the first checkpoint comes after one step."""
         self._folder.start_metrics(records)
         if self._tensorboard is not None:
             self._writer = events.EventWriter(self._tensorboard, records)
             self._stack.callback(self._writer.close)
-        self._since, self._since_step, self._next = time.perf_counter(), step, step + 1
+        self._since, self._since_step, self._next = time.perf_counter(), step, step
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one more record."""

@@ -44,6 +44,7 @@ from qgm_ext.cli_support import (
 )
 from qgm_ext.data import augment as augmentation
 from qgm_ext.distributed import PeerLostError, timeline
+from qgm_ext.distributed.options import ON_PEER_LOSS
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import doctor as medicine
@@ -162,6 +163,9 @@ def train(
     trace: Annotated[
         int | None, option(_FILES, "Timeline of so many steps, into OUT/trace.json; under torchrun.", "none")
     ] = None,
+    on_peer_loss: Annotated[
+        str, option(_MACHINE, f"When a process dies: {', '.join(ON_PEER_LOSS)}; heal: the others go on.", "raise")
+    ] = "raise",
 ) -> None:
     """Train n workers on one machine and show how good their models are.
 
@@ -185,18 +189,23 @@ def train(
         for name in ("momentum", "qg_momentum", "weight_decay", "local_step")
         if arguments[name] is not None
     }
+    how: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds, "on_peer_loss": on_peer_loss}
     console = make_console()
     with contextlib.ExitStack() as stack:
         with user_errors():
             if topology is not None:
                 given["topology"], number = configs.parse_topology(topology, workers)
                 given |= {} if number is None else {"workers": number}
+            if on_peer_loss not in ON_PEER_LOSS:
+                raise ValueError(f"--on-peer-loss must be one of {', '.join(ON_PEER_LOSS)}, got {on_peer_loss!r}")
             processes = stack.enter_context(process_group())
             if trace is not None and (processes == 1 or trace < 1 or (out is None and resume is None)):
                 raise ValueError(
                     "--trace must be at least 1, and shows in OUT how processes wait for each other: start at least "
                     f"two by torchrun with --out, got --trace {trace}, {processes} processes and --out {out}"
                 )
+            if trace is not None and on_peer_loss != "raise":
+                raise ValueError(f"--trace needs all processes, so --on-peer-loss must be raise, got {on_peer_loss}")
             if processes > 1:
                 console.quiet = int(os.environ["RANK"]) > 0  # one worker speaks for all
                 if out is not None and resume is None and _is_started_again(out):
@@ -210,7 +219,7 @@ def train(
                     resume,
                     given={**given, "hyper": own},
                     tensorboard=tensorboard,
-                    checkpoint_seconds=checkpoint_seconds,
+                    **how,
                 )
             else:
                 if processes > 1:
@@ -221,7 +230,7 @@ def train(
                     if processes > 1:
                         raise ValueError("--download is for one process; fetch the files once without torchrun")
                     datasets.load(config.data, config.data_root, download=True)
-                training = Training(config, out, tensorboard=tensorboard, checkpoint_seconds=checkpoint_seconds)
+                training = Training(config, out, tensorboard=tensorboard, **how)
             stack.enter_context(training)
         folder = out or resume
         traced = None if trace is None or folder is None else timeline.trace_steps(folder / "trace.json", trace)
@@ -231,6 +240,7 @@ def train(
         with _run_errors(folder), stopping as stop, traced or contextlib.nullcontext(lambda: None) as after_step:
             _announce(console, training)
             result = _run(console, training, stop, after_step)
+        console.quiet = not training.speaks
         if not result.finished:
             # Another worker may have got the signal.
             number = stop.signals[0] if stop.signals else signal.SIGTERM

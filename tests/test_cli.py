@@ -179,6 +179,8 @@ def test_train_takes_every_option(tmp_path):
         ("--batch 90", "batch_size=90 is larger than the 89 samples of worker"),
         ("--batch 0", "batch must be at least 1, got 0"),
         ("--num-train 100000", "num_train=100000 is more than the 1438 training samples"),
+        ("--on-peer-loss heal", "on_peer_loss='heal' is for workers in processes of their own, which torchrun starts"),
+        ("--on-peer-loss hel", "--on-peer-loss must be one of raise, heal, got 'hel'"),
         ("--epochs 0", "epochs must be at least 1, got 0"),
         ("--epochs 1 --steps 1", "give epochs or steps, not both"),
         ("--steps 3 --warmup-epochs 2", "warmup_epochs must fit into the 3 steps"),

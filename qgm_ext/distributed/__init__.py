@@ -15,7 +15,7 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
 - :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors, and
   :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
 - :mod:`~qgm_ext.distributed.healing`, :mod:`~qgm_ext.distributed.roll`: going on without lost workers, and how the
-  others agree on who is lost;
+  others agree on who is lost; :mod:`~qgm_ext.distributed.survivors`, how they meet between steps;
 - :mod:`~qgm_ext.distributed.stale`: merging old messages of slow neighbours instead of waiting, and
   :mod:`~qgm_ext.distributed.waiter`, threads that wait for messages;
 - :mod:`~qgm_ext.distributed.timeline`: :func:`trace`, a picture of what all workers do in their steps;

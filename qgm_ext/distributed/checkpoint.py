@@ -136,7 +136,8 @@ def save(
     if start is None or not start["saved"]:
         start = {"start": "" if start is None else start["start"], "saved": True}
         _write_start(root, rank, size, start)
-    _remove_old(root, rank, size, start["start"])
+    lost = optimizer.lost_workers if isinstance(optimizer, DecentralizedOptimizer) else {}
+    _remove_old(root, rank, size, start["start"], set(lost))
     return target
 
 
@@ -382,8 +383,10 @@ def _write_start(root: Path, rank: int, size: int, start: Mapping[str, Any]) -> 
     write_atomically(root / f".worker-{rank}-of-{size}.json", lambda file: file.write(text))
 
 
-def _remove_old(root: Path, rank: int, size: int, start: str) -> None:
-    """Remove this worker's folders of steps that are older than the last whole ones, of those whose files are here."""
+def _remove_old(root: Path, rank: int, size: int, start: str, lost: set[int]) -> None:
+    """Remove this worker's folders of steps that are older than the last whole ones: of the workers whose files are
+    here, and that are not lost.
+    """
     here = {rank}
     for name in os.listdir(root):
         match = _BEGUN.fullmatch(name)
@@ -391,6 +394,7 @@ def _remove_old(root: Path, rank: int, size: int, start: str) -> None:
             found = _started(root, int(match[1]), size)
             if found is not None and found["start"] == start:
                 here.add(int(match[1]))
+    here -= lost
     saved = _saved(root)
     whole = [step for step, found in saved.items() if here <= found.get(size, set())]
     for step, workers in saved.items():

@@ -21,8 +21,9 @@ import queue
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -41,7 +42,12 @@ __all__ = ["HealingEngine"]
 
 _STEP = 1 << 32  # what a step counts in turns, which number the passes of all its vectors
 _VECTORS = 1 << 12
+_MEETING = 1 << 30  # tag above those of messages
+_PATIENCE = 0.01  # seconds between two looks at the store
 _BUFFERS = 3  # of each sender: the two last messages, which others may need, and the one that comes
+
+
+Found = TypeVar("Found")
 
 
 class _End(NamedTuple):
@@ -76,6 +82,58 @@ class HealingEngine(WorkerEngine):
     def lost(self) -> dict[int, int]:
         """The workers that are lost, by rank: the number of the first step without it."""
         return {rank: loss.last // _STEP + 1 for rank, loss in sorted(self._losses.items())}
+
+    @property
+    def meetings(self) -> str:
+        """Where in the store those of this engine are."""
+        return f"{self._roll.prefix}/meeting"
+
+    def together(self, done: Callable[[], Found | None]) -> Found:
+        """Between two steps: ask ``done`` until it gives something, and leave when all that are left have it.
+
+        Until then each waits for a sign of every other, and so one that is lost is noticed.
+
+        Raises:
+            PeerLostError: if a worker is silent, or the workers can't agree on who is lost.
+        """
+        try:
+            return self._together(done)
+        except PeerLostError:
+            self._give_up()
+            raise
+        except dist.DistError as error:
+            self._give_up()
+            raise PeerLostError(f"the store at which the workers met is gone, with its host ({error})", 0) from error
+
+    def _together(self, done: Callable[[], Found | None]) -> Found:
+        others = [peer for peer in range(self._peers.size) if peer not in (self.worker, *self._losses)]
+        sign, signs = torch.zeros(1, dtype=torch.uint8), torch.zeros(len(others), 1, dtype=torch.uint8)
+        for peer, buffer in zip(others, signs, strict=True):
+            self._start(True, peer, dist.irecv, buffer, _MEETING)
+        missing, sending = set(others), set(others)
+        result: Found | None = None
+        end = time.monotonic() + self._timeout
+        while result is None or missing or sending:
+            if result is None and (result := done()) is not None:
+                for peer in sorted(sending):
+                    self._start(False, peer, dist.isend, sign, _MEETING)
+            try:
+                event = self._events.get(timeout=_PATIENCE)
+            except queue.Empty:
+                if time.monotonic() > end:
+                    self._end_silent(min(missing or sending), "between two steps")
+                continue
+            if (found := self._known(event, "between two steps")) is None:
+                continue
+            if isinstance(found, Loss):
+                self._losses[found.rank] = found
+                missing.discard(found.rank)
+                sending.discard(found.rank)
+            elif found.error is None:
+                (missing if found.incoming else sending).discard(found.peer)
+            elif found.peer not in self._losses:
+                self._declare(found.peer, found.error, "between two steps")
+        return result
 
     def round(self, part: Pass, vectors: Vectors, place: Place) -> None:
         """None: nothing is sent early, and passes without neighbours are all that is left to the class above."""
@@ -185,7 +243,7 @@ class HealingEngine(WorkerEngine):
             if event.peer not in awaited:  # of a lost worker
                 continue
             if event.error is not None:
-                self._declare(event.peer, event.error, stamps[0])
+                self._declare(event.peer, event.error, f"in step {stamps[0].step}")
                 continue
             awaited[event.peer] -= 1
             # A message that comes after this worker has said that it has not come waits for what Loss says.
@@ -210,37 +268,44 @@ class HealingEngine(WorkerEngine):
         return True
 
     def _next_event(self, waiting: dict[int, int], stamp: Stamp) -> _End | Loss:
-        peer, size = min(waiting), self._peers.size
+        when = f"in step {stamp.step}"
         while True:
             try:
                 event = self._events.get(timeout=self._timeout)
             except queue.Empty:
-                text = (
-                    f"rank {peer} of {size} is silent in step {stamp.step}, or waits for one that is: no message came "
-                    f"within {self._timeout:g} s, but its connection is not broken, so it can't be left out"
-                )
-                with contextlib.suppress(RuntimeError):  # of a store that is gone
-                    self._roll.give_up(text, peer)
-                raise PeerLostError(text, peer) from None
-            if isinstance(event, GaveUp):
-                raise PeerLostError(str(event), event.peer)
-            if isinstance(event, Excluded):
-                raise PeerLostError(
-                    f"rank {self.worker} of {size}, this worker, was taken for lost by the others in step "
-                    f"{stamp.step}: a connection to it broke",
-                    self.worker,
-                )
-            if not isinstance(event, Exception):
-                return event
-            # The store is gone, as at the end of a run when its host is the first to end; no matter unless one is lost.
+                self._end_silent(min(waiting), when)
+            if (found := self._known(event, when)) is not None:
+                return found
 
-    def _declare(self, peer: int, error: Exception, stamp: Stamp) -> None:
+    def _known(self, event: _End | Loss | Exception, when: str) -> _End | Loss | None:
+        """An event that does not end the run, or None if it does not matter."""
+        if isinstance(event, GaveUp):
+            raise PeerLostError(str(event), event.peer)
+        if isinstance(event, Excluded):
+            raise PeerLostError(
+                f"rank {self.worker} of {self._peers.size}, this worker, was taken for lost by the others {when}: a "
+                "connection to it broke",
+                self.worker,
+            )
+        # The store is gone, as at the end of a run when its host is the first to end; no matter unless one is lost.
+        return None if isinstance(event, Exception) else event
+
+    def _end_silent(self, peer: int, when: str) -> NoReturn:
+        text = (
+            f"rank {peer} of {self._peers.size} is silent {when}, or waits for one that is: no message came within "
+            f"{self._timeout:g} s, but its connection is not broken, so it can't be left out"
+        )
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            self._roll.give_up(text, peer)
+        raise PeerLostError(text, peer)
+
+    def _declare(self, peer: int, error: Exception, when: str) -> None:
         try:
             self._roll.declare(peer)
         except RuntimeError as broken:
             raise PeerLostError(
-                f"rank {peer} of {self._peers.size} is gone: its connection broke in step {stamp.step} ({error}), and "
-                f"the store at which workers agree on that is gone, too ({broken})",
+                f"rank {peer} of {self._peers.size} is gone: its connection broke {when} ({error}), and the store at "
+                f"which workers agree on that is gone, too ({broken})",
                 peer,
             ) from broken
 

@@ -11,9 +11,10 @@ from typing_extensions import TypedDict
 from qgm_ext import messages
 from qgm_ext.hints import did_you_mean
 
-__all__ = ["RuntimeArguments", "RuntimeOptions", "options_from"]
+__all__ = ["ON_PEER_LOSS", "OnPeerLoss", "RuntimeArguments", "RuntimeOptions", "options_from"]
 
 OnPeerLoss = Literal["raise", "heal"]
+ON_PEER_LOSS: tuple[str, ...] = get_args(OnPeerLoss)
 
 
 class RuntimeArguments(TypedDict, total=False):
@@ -88,10 +89,8 @@ class RuntimeOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.on_peer_loss not in get_args(OnPeerLoss):
-            raise ValueError(
-                f"on_peer_loss must be one of {', '.join(get_args(OnPeerLoss))}, got {self.on_peer_loss!r}"
-            )
+        if self.on_peer_loss not in ON_PEER_LOSS:
+            raise ValueError(f"on_peer_loss must be one of {', '.join(ON_PEER_LOSS)}, got {self.on_peer_loss!r}")
         if self.uneven is not None and (self.overlap or self.message != "float32"):
             raise ValueError(
                 f"{self.uneven} needs overlap=False and message='float32', "

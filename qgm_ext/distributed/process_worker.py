@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from qgm_ext import ops
+from qgm_ext.distributed.options import OnPeerLoss
 from qgm_ext.engines import BufferSnapshot
 from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
 from qgm_ext.optim import Decentralized
+from qgm_ext.optim.peers import Peers
 from qgm_ext.stacked import OnNonfinite
 from qgm_ext.timing import Timer, Timings
 from qgm_ext.topology import Topology
@@ -40,10 +42,13 @@ class ProcessWorker:
         topology: of as many workers as there are processes.
         algorithm: a name from :func:`qgm_ext.algorithms.names`.
         clip_grad_norm, on_nonfinite, message: as in :class:`qgm_ext.Simulator`.
+        on_peer_loss: as in :class:`qgm_ext.distributed.RuntimeOptions`; with "heal" those that are left meet without
+            the lost ones.
         **hyper: hyper-parameters of the algorithm.
 
     Attributes:
         model, opt: the module and its optimizer. worker: the number of this worker.
+        left: the workers that took part in the last meeting, ascending: all but those that were lost.
 
     Raises:
         TypeError, ValueError: if an argument does not fit, or processes were started with different ones.
@@ -60,6 +65,7 @@ class ProcessWorker:
         clip_grad_norm: float | None = None,
         on_nonfinite: OnNonfinite = "ignore",
         message: str = "float32",
+        on_peer_loss: OnPeerLoss = "raise",
         **hyper: Any,
     ) -> None:
         self.model = model
@@ -72,9 +78,13 @@ class ProcessWorker:
             clip_grad_norm=clip_grad_norm,
             on_nonfinite=on_nonfinite,
             message=message,
+            on_peer_loss=on_peer_loss,
             **hyper,
         )
         self.worker, self.num_workers = self.opt.worker, self.opt.num_workers
+        self.left = list(range(self.num_workers))
+        runtime = self.opt._runtime
+        self._survivors = runtime.survivors() if isinstance(runtime, Peers) else None
         self._timer = Timer(torch.device("cpu"))
 
     @property
@@ -112,15 +122,35 @@ class ProcessWorker:
         return loss.detach()
 
     def gather(self, values: Tensor) -> Tensor:
-        """The same tensor of all workers, [n, ...]."""
+        """The same tensor of all workers that are ``left``, [n, ...]."""
+        if self._survivors is not None:
+            said = self._survivors.gather(values)
+            self.left = list(said)
+            return torch.stack(list(said.values()))
         found = [torch.empty_like(values) for _ in range(self.num_workers)]
         dist.all_gather(found, values.contiguous())
         return torch.stack(found)
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest of all workers, element by element."""
+        if self._survivors is not None:
+            return self.gather(values).amax(0)
+        found = values.clone()
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
+
     def average_model(self) -> nn.Module | None:
-        """On rank 0 a new module with the mean of the workers' parameters and worker 0's buffers, else None."""
-        rows = self._rows()
-        return None if rows is None else self._average(rows)
+        """On the lowest rank that is left a new module with the mean of the workers' parameters and that worker's
+        buffers, else None.
+        """
+        found: list[nn.Module] = []
+
+        def keep(rows: Tensor) -> Tensor:
+            found[:] = [self._average(rows)]
+            return torch.zeros(0, dtype=torch.float64)
+
+        self._of_rows(keep, 0)
+        return found[0] if found else None
 
     def evaluate(
         self,
@@ -137,14 +167,14 @@ class ProcessWorker:
             with evaluation_mode([self.model]):
                 own = accuracy_and_loss(self.model, x, y, batch_size, loss_fn)
             local = self.gather(torch.tensor(own, dtype=torch.float64))
-            shared = torch.zeros(3, dtype=torch.float64)
-            rows = self._rows()
-            if rows is not None:
+
+            def judge(rows: Tensor) -> Tensor:
                 average = self._average(rows)
                 with evaluation_mode([average]):
                     accuracy, loss = accuracy_and_loss(average, x, y, batch_size, loss_fn)
-                shared = torch.tensor([accuracy, loss, float(ops.consensus_distance(rows))], dtype=torch.float64)
-            dist.broadcast(shared, 0)
+                return torch.tensor([accuracy, loss, float(ops.consensus_distance(rows))], dtype=torch.float64)
+
+            shared = self._of_rows(judge, 3)
             accuracies, losses = (tuple(column.tolist()) for column in local.unbind(1))
             average_accuracy, average_loss, distance = shared.tolist()
             return Evaluation(accuracies, losses, average_accuracy, average_loss, distance, len(x))
@@ -157,14 +187,27 @@ class ProcessWorker:
                 parameter.copy_(stacked.mean(0))
         return average
 
-    def _rows(self) -> Tensor | None:
-        """The parameters of all workers on rank 0, [n, D] as in the Simulator; None on the others."""
+    def _of_rows(self, make: Callable[[Tensor], Tensor], size: int) -> Tensor:
+        """What ``make`` gives for the parameters of all workers, [n, D] as in the Simulator: [size] float64 on all of
+        them; called on the lowest rank that is left.
+        """
         first = self._parameters[0]
         row = self._layout.allocate(dtype=first.dtype, device="cpu")
         for view, parameter in zip(self._layout.views(row), self._parameters, strict=True):
             view.copy_(parameter.detach())
-        found = self._layout.allocate(self.num_workers, dtype=first.dtype, device="cpu") if self.worker == 0 else None
+        if self._survivors is not None:
+            made = self._survivors.decide(row, lambda said: make(self._stacked(list(said.values()))))
+            return made.view(torch.float64)
+        rows = self._layout.allocate(self.num_workers, dtype=first.dtype, device="cpu") if self.worker == 0 else None
         # As bytes: Gloo does not know every dtype.
-        into = None if found is None else [one.view(torch.uint8) for one in found]
+        into = None if rows is None else [one.view(torch.uint8) for one in rows]
         dist.gather(row.view(torch.uint8), into, dst=0)
+        shared = torch.zeros(size, dtype=torch.float64) if rows is None else make(rows)
+        dist.broadcast(shared, 0)
+        return shared
+
+    def _stacked(self, rows: list[Tensor]) -> Tensor:
+        found = self._layout.allocate(len(rows), dtype=rows[0].dtype, device="cpu")
+        for place, row in zip(found, rows, strict=True):
+            place.copy_(row.view(place.shape))
         return found

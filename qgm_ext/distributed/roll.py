@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Excluded", "GaveUp", "Loss", "Roll"]
+__all__ = ["CHUNK", "Excluded", "GaveUp", "Loss", "Roll"]
 
 _NONE = -1
 
 _POLL = 0.05  # seconds
-_CHUNK = 1 << 22  # bytes; TCPStore takes no values of more than 8 MiB
+#: Bytes that go into the store under one key; TCPStore takes no values of more than 8 MiB.
+CHUNK = 1 << 22
 _NUMBERS: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of the rolls of a group, as they are built
 _logger = logging.getLogger("qgm_ext.distributed")
 
@@ -76,12 +77,15 @@ class Roll:
         timeout: seconds in which every survivor must have answered.
         notify: called, from another thread, with each :class:`Loss`, with :class:`Excluded` or :class:`GaveUp`, and
             with an error of the store, after which nothing can be agreed on.
+
+    Attributes:
+        prefix: of its keys.
     """
 
     def __init__(
         self, store: Any, name: str, rank: int, size: int, timeout: float, notify: Callable[[Loss | Exception], None]
     ) -> None:
-        self._store, self._prefix = store, f"qgm_ext/roll/{name}/{next(_NUMBERS[name])}"
+        self._store, self.prefix = store, f"qgm_ext/roll/{name}/{next(_NUMBERS[name])}"
         self._rank, self._size, self._timeout = rank, size, timeout
         self._notify = notify
         self._lock = threading.Lock()
@@ -115,25 +119,25 @@ class Roll:
         """Let all know that a worker is lost; :class:`Loss` follows."""
         place = 0
         while True:
-            found = int(self._store.compare_set(f"{self._prefix}/lost/{place}", "", str(peer)).decode())
+            found = int(self._store.compare_set(f"{self.prefix}/lost/{place}", "", str(peer)).decode())
             if found in (peer, self._rank):
                 return
             place += 1
 
     def give_up(self, text: str, peer: int) -> None:
         """End the run on all workers; to be called before this one ends, which others would heal."""
-        self._store.compare_set(f"{self._prefix}/given_up", "", json.dumps([text, peer]))
+        self._store.compare_set(f"{self.prefix}/given_up", "", json.dumps([text, peer]))
 
     def fetch(self, loss: Loss, turn: int, into: list[Tensor]) -> bool:
         """Get a message that was sent to others, too; False if its holder does not answer in time."""
-        key = f"{self._prefix}/message/{loss.rank}/{turn}"
+        key = f"{self.prefix}/message/{loss.rank}/{turn}"
         end = time.monotonic() + self._timeout
         while not self._store.check([f"{key}/size"]):
             if time.monotonic() > end:
                 return False
             time.sleep(_POLL)
         size = int(self._store.get(f"{key}/size").decode())
-        data = b"".join(bytes(self._store.get(f"{key}/{k}")) for k in range(0, size, _CHUNK))
+        data = b"".join(bytes(self._store.get(f"{key}/{k}")) for k in range(0, size, CHUNK))
         place = 0
         for tensor in into:
             view = tensor.view(torch.uint8).view(-1)
@@ -157,20 +161,20 @@ class Roll:
                 ended = self._ended.wait(_POLL)
                 if self._has_given_up():
                     return
-                while self._store.check([f"{self._prefix}/lost/{len(lost)}"]):
-                    lost.append(int(self._store.get(f"{self._prefix}/lost/{len(lost)}").decode()))
+                while self._store.check([f"{self.prefix}/lost/{len(lost)}"]):
+                    lost.append(int(self._store.get(f"{self.prefix}/lost/{len(lost)}").decode()))
                     if lost[-1] == self._rank:
                         self._notify(Excluded())
                         return
                     if self._has_given_up():
                         return
                     self._notify(self._settle(lost))
-            self._store.set(f"{self._prefix}/ended/{self._rank}", "1")
+            self._store.set(f"{self.prefix}/ended/{self._rank}", "1")
         except RuntimeError as error:  # DistStoreError and its kin
             self._notify(error)
 
     def _has_given_up(self) -> bool:
-        key = f"{self._prefix}/given_up"
+        key = f"{self.prefix}/given_up"
         if not self._store.check([key]):
             return False
         self._notify(GaveUp(*json.loads(self._store.get(key).decode())))
@@ -182,14 +186,14 @@ class Roll:
         with self._lock:
             self._frozen.add(rank)
             mine = {"held": sorted(self._held.get(rank, {})), "needs": rank in self._known}
-        key, decided = f"{self._prefix}/held/{place}", f"{self._prefix}/decided/{place}"
+        key, decided = f"{self.prefix}/held/{place}", f"{self.prefix}/decided/{place}"
         self._store.set(f"{key}/{self._rank}", json.dumps(mine))
         said: dict[int, Any] = {self._rank: mine}
         end = time.monotonic() + self._timeout
         while not self._store.check([decided]):
             missing = set(range(self._size)) - said.keys() - set(lost) - self._lost_later(len(lost))
             for peer in sorted(missing):
-                ended = self._store.check([f"{self._prefix}/ended/{peer}"])
+                ended = self._store.check([f"{self.prefix}/ended/{peer}"])
                 if self._store.check([f"{key}/{peer}"]):
                     said[peer] = json.loads(self._store.get(f"{key}/{peer}").decode())
                 if ended or peer in said:
@@ -218,16 +222,16 @@ class Roll:
 
     def _lost_later(self, place: int) -> set[int]:
         found: set[int] = set()
-        while self._store.check([f"{self._prefix}/lost/{place}"]):
-            found.add(int(self._store.get(f"{self._prefix}/lost/{place}").decode()))
+        while self._store.check([f"{self.prefix}/lost/{place}"]):
+            found.add(int(self._store.get(f"{self.prefix}/lost/{place}").decode()))
             place += 1
         return found
 
     def _publish(self, rank: int, turn: int) -> None:
-        key = f"{self._prefix}/message/{rank}/{turn}"
+        key = f"{self.prefix}/message/{rank}/{turn}"
         data = b"".join(tensor.view(torch.uint8).view(-1).numpy().tobytes() for tensor in self._held[rank][turn])
-        for k in range(0, len(data), _CHUNK):
-            self._store.set(f"{key}/{k}", data[k : k + _CHUNK])
+        for k in range(0, len(data), CHUNK):
+            self._store.set(f"{key}/{k}", data[k : k + CHUNK])
         self._store.set(f"{key}/size", str(len(data)))
 
 

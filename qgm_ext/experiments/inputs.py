@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qgm_ext import data, models, ops, topology
 from qgm_ext.data import augment
 from qgm_ext.data.datasets import subset
+from qgm_ext.distributed.options import OnPeerLoss
 from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.schedules import Schedule
@@ -66,12 +67,13 @@ class Inputs:
     sim: Simulator | ProcessWorker
 
 
-def build(config: TrainConfig, partition: data.Partition | None = None) -> Inputs:
+def build(config: TrainConfig, partition: data.Partition | None = None, on_peer_loss: OnPeerLoss = "raise") -> Inputs:
     """Load the data and build the rest; what fails here has left nothing behind.
 
     Args:
         config: what to build.
         partition: of the data, if it has been drawn before.
+        on_peer_loss: as in :class:`qgm_ext.experiments.train.Training`.
 
     Raises: as :func:`qgm_ext.experiments.train.run`.
     """
@@ -109,11 +111,13 @@ def build(config: TrainConfig, partition: data.Partition | None = None) -> Input
         batches=batches,
         schedule=schedule,
         num_steps=num_steps,
-        sim=_make_simulator(config, dataset, device),
+        sim=_make_simulator(config, dataset, device, on_peer_loss),
     )
 
 
-def _make_simulator(config: TrainConfig, dataset: data.Dataset, device: torch.device) -> Simulator | ProcessWorker:
+def _make_simulator(
+    config: TrainConfig, dataset: data.Dataset, device: torch.device, on_peer_loss: OnPeerLoss
+) -> Simulator | ProcessWorker:
     dtype = config.torch_dtype()
     with torch.random.fork_rng(devices=[]), torch_threads(config.threads):
         torch.manual_seed(config.seed)
@@ -128,7 +132,12 @@ def _make_simulator(config: TrainConfig, dataset: data.Dataset, device: torch.de
         }
         if has_peers():
             _check_process(config)
+            options["on_peer_loss"] = on_peer_loss
             return ProcessWorker(model.to(device, dtype), graph, config.algorithm, **options)
+        if on_peer_loss != "raise":
+            raise ValueError(
+                f"on_peer_loss={on_peer_loss!r} is for workers in processes of their own, which torchrun starts"
+            )
         options |= {"engine": config.engine, "device": device, "dtype": dtype}
         return Simulator(model, graph, config.algorithm, **options)
 

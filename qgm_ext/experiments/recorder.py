@@ -41,6 +41,7 @@ class Recorder:
         self.own_records: list[Record] = []
         self._own_losses: list[Tensor] = []  # of a worker with peers, until they meet for an evaluation
         self._communication_before = Communication()  # of this worker in earlier legs of a resumed run
+        self._bytes_sent: dict[int, int] = {}  # by each worker, as far as it was heard
         self._bytes_of_others = 0  # by workers that are no more
         self._replaced_workers = 0  # how often one has taken up the state of a neighbour
         self._spent = {"gradient": 0.0, "optimizer": 0.0, "evaluation": 0.0, "total": 0.0}
@@ -77,8 +78,9 @@ class Recorder:
             for losses in self._sim.gather(torch.stack(self._own_losses)).unbind(1):
                 self._count_losses(losses)
             self._own_losses = []
-        mine = torch.tensor(self._own_communication(self._sim).bytes_sent)
-        return int(self._sim.gather(mine).sum()) + self._bytes_of_others
+        every = self._sim.gather(torch.tensor(self._own_communication(self._sim).bytes_sent)).tolist()
+        self._bytes_sent |= dict(zip(self._sim.left, every, strict=True))
+        return sum(self._bytes_sent.values()) + self._bytes_of_others
 
     def _no_losses(self) -> tuple[Tensor, int]:
         return torch.zeros((), dtype=torch.float64, device=self._inputs.device), 0
@@ -131,7 +133,7 @@ class Recorder:
                     **{key: record[key] for key in ("step", "epoch", "lr", "seconds", "seconds_training")},
                     "worker": self._sim.worker,
                     "loss": float(torch.stack(own_losses).double().mean()) if own_losses else None,
-                    "accuracy": found.accuracy_local[self._sim.worker],
+                    "accuracy": found.accuracy_local[self._sim.left.index(self._sim.worker)],
                     "bytes_sent": communication.bytes_sent,
                     "wire_bytes_sent": communication.wire_bytes_sent,
                     "seconds_gradient": round(times["gradient"], 3),
@@ -149,6 +151,7 @@ class Recorder:
         summary = {key: value for key, value in self.records[-1].items() if not key.startswith("seconds")}
         if isinstance(self._sim, ProcessWorker):
             summary["replaced_workers"] = self._replaced_workers
+            summary["lost_workers"] = sorted(self._sim.opt.lost_workers)
         return summary | {
             "best_accuracy_local_mean": max(record["accuracy_local_mean"] for record in self.records),
             "num_parameters": self._sim.num_parameters,

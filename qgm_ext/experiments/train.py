@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qgm_ext import algorithms, data
+from qgm_ext.distributed.options import OnPeerLoss
 from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import curves, events, inputs, resumption, runfolder
@@ -113,6 +114,9 @@ class Training:
         out: folder for the run's files, empty or not there yet; None: no files.
         tensorboard: write events to ``out``/tensorboard as well.
         checkpoint_seconds: seconds between checkpoints; 0: one after every step. Has no influence on the outcome.
+        on_peer_loss: "heal": where each worker has a process of its own the others go on when one dies
+            (:class:`qgm_ext.distributed.RuntimeOptions`); records are of those that are left then. Rank 0 keeps the
+            files of the run; if it dies, those of each worker go on.
 
     In a process group every process gives the same arguments; ``out`` is one folder, or one on each machine, and rank 0
     keeps the files of the run, each worker some of its own (:mod:`qgm_ext.experiments.worker_files`).
@@ -135,6 +139,7 @@ class Training:
         *,
         tensorboard: bool = False,
         checkpoint_seconds: float = 5.0,
+        on_peer_loss: OnPeerLoss = "raise",
     ) -> None:
         algorithms.check_number("checkpoint_seconds", checkpoint_seconds, low=0.0)
         if tensorboard and out is None:
@@ -149,7 +154,7 @@ class Training:
 
             by_first(take)
             folder = taken[0] if taken else None
-            self._build(config, folder, None, tensorboard, checkpoint_seconds)
+            self._build(config, folder, None, tensorboard, checkpoint_seconds, on_peer_loss)
             if out is not None:
                 by_first(self._write_start)
                 self._take_own_files(stack, Path(out))
@@ -165,6 +170,7 @@ class Training:
         given: dict[str, Any] | None = None,
         tensorboard: bool = False,
         checkpoint_seconds: float = 5.0,
+        on_peer_loss: OnPeerLoss = "raise",
     ) -> Training:
         """Take up the run in a folder.
 
@@ -172,7 +178,7 @@ class Training:
             out: the folder.
             given: fields of the config that must be as in the run, e.g. because a user repeated them.
             tensorboard: as in the class; a run that was started with it keeps it.
-            checkpoint_seconds: as in the class.
+            checkpoint_seconds, on_peer_loss: as in the class.
 
         Raises:
             ValueError: if there is no run in the folder, a file is damaged, or ``given`` contradicts the run.
@@ -204,7 +210,8 @@ class Training:
             stored, partition = path / runfolder.PARTITION, None
             if config == stored_config and stored.exists():
                 partition = data.Partition.load(stored)
-            self._build(config, folder, partition, tensorboard or bool(about.get("tensorboard")), checkpoint_seconds)
+            tensorboard = tensorboard or bool(about.get("tensorboard"))
+            self._build(config, folder, partition, tensorboard, checkpoint_seconds, on_peer_loss)
             self.notes = resumption.check_about(path, about, self._inputs, same_workers=config == stored_config)
             if config != stored_config:
                 by_first(self._write_start)
@@ -226,6 +233,7 @@ class Training:
         partition: data.Partition | None,
         with_tensorboard: bool,
         checkpoint_seconds: float,
+        on_peer_loss: OnPeerLoss,
     ) -> None:
         """All that both a new and a resumed run begin with; what fails here has left nothing behind."""
         self._folder = folder
@@ -235,7 +243,7 @@ class Training:
             curves.require_matplotlib()  # at the start rather than at the end of a long run
         if with_tensorboard:
             events.require_tensorboard()
-        self._inputs = inputs.build(config, partition)
+        self._inputs = inputs.build(config, partition, on_peer_loss)
         self._recorder = Recorder(self._inputs)
         self.config = config
         self.dataset, self.partition = self._inputs.dataset, self._inputs.partition
@@ -266,6 +274,12 @@ class Training:
         if isinstance(sim, ProcessWorker):
             files = WorkerFiles(out, sim, self._tensorboard, self._checkpoint_seconds)
             self._own = stack.enter_context(files)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the process that tells of the run: that of the lowest worker that is left."""
+        sim = self._inputs.sim
+        return not isinstance(sim, ProcessWorker) or sim.worker == sim.left[0]
 
     @property
     def steps_per_epoch(self) -> int:

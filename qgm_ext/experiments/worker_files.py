@@ -123,8 +123,7 @@ class WorkerFiles:
         each = (now - self._since) / taken if taken else math.inf
         ahead = max(1, int(min(self._seconds, _TOGETHER) / max(each, 1e-9)))
         said = torch.tensor([int(stopping), int(now - self._saved >= self._seconds), -ahead])
-        dist.all_reduce(said, dist.ReduceOp.MAX)
-        stops, due, behind = said.tolist()
+        stops, due, behind = self._sim.maximum(said).tolist()
         self._since, self._since_step, self._next = now, step, step - behind
         return bool(stops), bool(due)
 

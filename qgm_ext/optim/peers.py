@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 import qgm_ext
 from qgm_ext import messages, ops
@@ -26,6 +27,7 @@ from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.distributed.stale import StaleEngine
+from qgm_ext.distributed.survivors import Survivors
 from qgm_ext.optim.flat_parameters import FlatParameters
 from qgm_ext.topology import Topology
 
@@ -103,6 +105,13 @@ class Peers:
             exchange.seconds,
             engine.stale_messages,
         )
+
+    def survivors(self) -> Survivors | None:
+        """Where workers of which some may be lost meet between steps; None unless ``on_peer_loss`` is "heal"."""
+        if not isinstance(self._engine, HealingEngine) or self.exchange is None:
+            return None
+        store = distributed_c10d._get_default_store()
+        return Survivors(self._engine, store, self.worker, self.num_workers)
 
     @property
     def lost_workers(self) -> dict[int, int]:

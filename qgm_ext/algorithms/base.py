@@ -216,7 +216,8 @@ class Algorithm:
     @property
     def can_lose_workers(self) -> bool:
         """Whether those that are left may go on with the rest of the mixing matrix: no state or message is a sum over
-        workers, of which a lost one would take its part along, and nothing needs all of them.
+        workers, of which a lost one would take its part along, and nothing needs all of them. Push-sum loses the mass
+        that it had sent and got; relayed messages hold models of the lost, and its tree falls apart.
         """
         return False
 

@@ -22,6 +22,9 @@ class GradientTracking(Algorithm):
     with g' = g + lambda x. The mean of y over the workers is the mean of g' at every step, so the method is exact. Two
     vectors a step (x and y). State: sum_j w_ij y_j^{t-1} - g_i'^{t-1}, which is all that the next step needs.
 
+    The states cancel: their sum over the workers is zero. A lost worker takes its own along, which nobody else knows,
+    and every later step of the others would go wrong by its share; so none may be lost, and none replaced by a copy.
+
     Source: Nedic, Olshevsky, Shi (2017) for DIGing; epfml/quasi-global-momentum and Bluefog.
     """
 

@@ -24,7 +24,8 @@ class MomentumTracking(MomentumAlgorithm):
         c_i^+ &= \sum_j w_{ij} (c_j - u_j) + u_i
 
     (new u, old c in the second line). Two vectors a step: x and c - u. sum_i c_i = 0 at every step, so the mean moves
-    as centralised heavy ball on the mean gradient. With beta = 0 and init "zero" it is :class:`GradientTracking`.
+    as centralised heavy ball on the mean gradient. With beta = 0 and init "zero" it is :class:`GradientTracking`. As
+    there, without a worker the c of the others would not cancel any more, so none may be lost.
 
     Args:
         momentum: beta in [0, 1).

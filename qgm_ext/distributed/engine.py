@@ -25,7 +25,7 @@ from qgm_ext.algorithms import Algorithm, PackedMessage, Pass, RelayPass, Step, 
 from qgm_ext.algorithms.planning import plan_ahead
 from qgm_ext.distributed.communication import lane_sizes, share_size
 from qgm_ext.distributed.exchange import Exchange, Message, Pending, Stamp
-from qgm_ext.distributed.gossip import GossipPlan, GossipRound, blocks_of
+from qgm_ext.distributed.gossip import GossipPlan, GossipRound, Round, blocks_of
 from qgm_ext.flat import ALIGNMENT, FlatLayout
 from qgm_ext.messages import MessageFormat
 from qgm_ext.mixing import Mixing
@@ -189,7 +189,7 @@ class WorkerEngine:
             numbers = (part.row_scalars, part.block_sums)
             ops.gossip_step_(x, vectors.g, state, tensors, self._silent.form, part.rule, part.hyper, *numbers)
 
-    def round(self, part: Pass, vectors: Vectors, place: Place) -> GossipRound | None:
+    def round(self, part: Pass, vectors: Vectors, place: Place) -> Round | None:
         """The round of a pass, ready to be sent; None if this worker exchanges nothing in it."""
         plan = self._plan(part.mixing)
         if not plan.talks:
@@ -417,7 +417,7 @@ class Turn:
         self._engine, self._algorithm, self._vectors, self._clock = engine, algorithm, vectors, clock
         self._gossip, self._lr = gossip, lr
         self._place = Place(number, 0, first_bucket)
-        self._early: GossipRound | None = None
+        self._early: Round | None = None
 
     def only_pass(self) -> Pass | None:
         """The pass with neighbours that is the whole step, if it is known before the gradients are."""
@@ -426,7 +426,7 @@ class Turn:
             return None
         return parts[0]
 
-    def begin_early(self, part: Pass) -> GossipRound | None:
+    def begin_early(self, part: Pass) -> Round | None:
         """The round of :meth:`only_pass`, whose buckets may be sent before :meth:`finish`; None if it sends nothing."""
         self._early = self._engine.round(part, self._vectors, self._place)
         return self._early

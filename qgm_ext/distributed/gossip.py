@@ -8,7 +8,7 @@ make no views and no requests anew. Which passes a step has is the business of :
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from qgm_ext import ops
 from qgm_ext.distributed.exchange import Batch, Exchange, Message, Pending, Stamp
 from qgm_ext.messages import MessageFormat
 
-__all__ = ["GossipPlan", "GossipRound", "blocks_of"]
+__all__ = ["GossipPlan", "GossipRound", "Round", "blocks_of"]
 
 
 class GossipPlan(NamedTuple):
@@ -60,8 +60,25 @@ class _Rounded(NamedTuple):
     incoming: list[tuple[Tensor, Tensor]]  # (as bytes, as numbers)
 
 
+class Round(Protocol):
+    """The buckets of one pass over a mixing matrix, each of which can be sent before the others."""
+
+    @property
+    def places(self) -> Sequence[slice]:
+        """The buckets."""
+
+    def has_sent(self, bucket: int) -> bool:
+        """Whether the messages of a bucket, by its place in ``places``, are under way."""
+
+    def send(self, bucket: int) -> None:
+        """Make the messages of a bucket and start their exchange."""
+
+    def finish(self) -> None:
+        """Send what has not been sent, and merge everything."""
+
+
 class GossipRound:
-    """The buckets of one pass.
+    """A :class:`Round` among workers none of which gets lost.
 
     Args:
         x, g, state: the worker's vectors, each [D].

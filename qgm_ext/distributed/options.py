@@ -54,8 +54,9 @@ class RuntimeOptions:
         on_peer_loss: what the others do when a worker is gone. "raise": the step ends with
             :class:`qgm_ext.distributed.PeerLostError`, on every worker within ``timeout``. "heal": its neighbours give
             its weight to themselves and training goes on (:mod:`qgm_ext.distributed.healing`); over Gloo, with
-            symmetric topologies, and with algorithms whose state is no sum over workers. The store at which the workers
-            met must outlive the lost one.
+            symmetric topologies, and with algorithms whose state is no sum over workers
+            (:attr:`qgm_ext.algorithms.Algorithm.can_lose_workers`). The store at which the workers met must outlive the
+            lost one.
         staleness: a step merges a neighbour's last message if it is up to so many steps old, and waits for a newer one
             only then; ``opt.message_ages`` counts. For slow neighbours; with static, undirected topologies over Gloo,
             and the algorithms that ``on_peer_loss="heal"`` takes. What it costs, exact means and repeatable runs, is in
@@ -91,9 +92,9 @@ class RuntimeOptions:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.on_peer_loss not in ON_PEER_LOSS:
             raise ValueError(f"on_peer_loss must be one of {', '.join(ON_PEER_LOSS)}, got {self.on_peer_loss!r}")
-        if self.uneven is not None and (self.overlap or self.message != "float32"):
+        if self.staleness and (self.overlap or self.message != "float32"):
             raise ValueError(
-                f"{self.uneven} needs overlap=False and message='float32', "
+                f"staleness={self.staleness} needs overlap=False and message='float32', "
                 f"got overlap={self.overlap} and message={self.message!r}"
             )
         if self.on_peer_loss == "heal" and self.staleness:

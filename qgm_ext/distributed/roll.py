@@ -89,7 +89,7 @@ class Roll:
         self._rank, self._size, self._timeout = rank, size, timeout
         self._notify = notify
         self._lock = threading.Lock()
-        self._held: dict[int, dict[int, list[Tensor]]] = {}  # rank -> turn -> buckets, of the last two turns
+        self._held: dict[int, dict[int, list[Tensor]]] = {}  # rank -> turn -> buckets, of the last turns
         self._known: set[int] = set()  # who may send to this worker
         self._frozen: set[int] = set()
         self._ended = threading.Event()
@@ -101,17 +101,17 @@ class Roll:
         with self._lock:
             self._known.update(peers)
 
-    def hold(self, peer: int, turn: int, message: list[Tensor]) -> bool:
+    def hold(self, peer: int, turn: int, message: list[Tensor], kept: int = 2) -> bool:
         """Take note of a whole message; False if the peer is lost, and this worker has said that it does not hold it.
 
-        The tensors must stay as they are until two more messages of the peer were held.
+        The tensors must stay as they are until ``kept`` more messages of the peer were held.
         """
         with self._lock:
             if peer in self._frozen:
                 return turn in self._held.get(peer, {})
             turns = self._held.setdefault(peer, {})
             turns[turn] = message
-            for old in sorted(turns)[:-2]:
+            for old in sorted(turns)[:-kept]:
                 del turns[old]
             return True
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from qgm_ext.distributed.engine import Turn
-from qgm_ext.distributed.gossip import GossipRound
+from qgm_ext.distributed.gossip import Round
 from qgm_ext.optim.peers import Peers, Work
 from qgm_ext.optim.runtime import OneWorker
 from qgm_ext.optim.together import collect_works
@@ -60,7 +60,7 @@ class _Begun:
 
     works: list[Work]
     turns: list[Turn]
-    rounds: list[GossipRound]
+    rounds: list[Round]
     places: dict[int, tuple[int, int]]
     buckets: list[list[range]]
     missing: list[list[int]]

@@ -74,10 +74,9 @@ class Peers:
         self.last_communication = self._counted = Communication()
 
     def _make_engine(self, topology: Topology, options: RuntimeOptions) -> WorkerEngine:
-        arguments = (topology, self.worker, self.exchange, options.bucket_bytes)
         option = options.uneven
         if option is None or self.exchange is None or self.num_workers == 1:
-            return WorkerEngine(*arguments, self._written)
+            return WorkerEngine(topology, self.worker, self.exchange, options.bucket_bytes, self._written)
         if self.exchange.backend != "gloo":
             raise ValueError(f"{option} needs a process group with gloo, got {self.exchange.backend}")
         if not topology.is_symmetric:
@@ -86,10 +85,13 @@ class Peers:
                 f"without a worker, or neighbours wait for each other; those of {topology.name!r} are not"
             )
         if options.on_peer_loss == "heal":
-            return HealingEngine(topology, self.worker, self.exchange, options.bucket_bytes, options.timeout)
+            arguments = (topology, self.worker, self.exchange, options.bucket_bytes, self._written)
+            return HealingEngine(*arguments, timeout=options.timeout)
         if topology.period != 1:
             raise ValueError(f"{option} needs a topology that stays the same in all steps, got {topology.name!r}")
-        return StaleEngine(*arguments[:2], self.exchange, options.bucket_bytes, options.staleness, options.timeout)
+        return StaleEngine(
+            topology, self.worker, self.exchange, options.bucket_bytes, options.staleness, options.timeout
+        )
 
     @property
     def communication(self) -> Communication:

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 
 from process_pool import ProcessPool
 from qgm_ext import ops, topology
+from qgm_ext.distributed import stale as stale_engine
 from qgm_ext.distributed.stale import StaleEngine
 from qgm_ext.optim import QGSGD, Decentralized, DecentralizedOptimizer
 from test_peer_loss import Case, Death, run
@@ -122,6 +123,28 @@ def test_what_is_merged_is_the_message_of_the_age_that_is_counted(pool: ProcessP
             assert torch.equal(x, xs[step + 1]), f"rank {rank}, step {step}, ages {ages[step]}"
         assert stale == sum(age > 0 for one in ages for age in one.values())
     assert any(one[N - 1] > 0 for one in results[0][1]), "the slow worker's messages were never late"
+
+
+def train_two(rank: int) -> list[tuple[float, float]]:
+    """Without gradients equal parameters stay what they are, unless messages get into the other optimizer."""
+    values = (1.0, 100.0)
+    params = [nn.Parameter(torch.full((DIM,), value)) for value in values]
+    if rank == 0:  # as if it had made other optimizers before
+        next(stale_engine._numbers)
+    opts = [Decentralized([p], "dsgd", topology=topology.ring(N), lr=0.1, staleness=2, timeout=60) for p in params]
+    for step in range(20):
+        time.sleep(0.01 if rank == N - 1 else 0.0)
+        for p, opt in zip(params, opts, strict=True) if step % 2 else zip(params[::-1], opts[::-1], strict=True):
+            p.grad = torch.zeros(DIM)
+            opt.step()
+    for opt in opts:
+        opt.drain()
+    return [(float(p.detach().min()), float(p.detach().max())) for p in params]
+
+
+def test_two_optimizers_do_not_take_each_others_messages(pool: ProcessPool) -> None:
+    for found in pool.run(train_two, N):
+        assert found == [(1.0, 1.0), (100.0, 100.0)]
 
 
 STOP, STALENESS = 4, 3

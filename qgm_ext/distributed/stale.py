@@ -18,12 +18,14 @@ one. After it no message is under way.
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 
 from qgm_ext import ops
 from qgm_ext.algorithms import Pass, RelayPass
@@ -37,6 +39,8 @@ from qgm_ext.topology import Topology
 __all__ = ["StaleEngine"]
 
 _LAST = -1  # in place of the part: of a message that only says that no more come
+_MOST_BUCKETS = 1 << 24
+_numbers = itertools.count(1)  # of engines; messages of 0 are those of WorkerEngine
 _Key = tuple[int, int]  # first bucket and part: what is exchanged once a step
 
 
@@ -47,7 +51,7 @@ class _Channel:
         plan: the neighbours.
         exchange: how messages travel.
         sizes: bytes of a message, bucket by bucket.
-        first_bucket: number of the first.
+        first_number: for the tags, of the first bucket in the first slot.
         depth: k + 2.
         device: of the buffers.
 
@@ -68,7 +72,7 @@ class _Channel:
         plan: GossipPlan,
         exchange: Exchange,
         sizes: Sequence[int],
-        first_bucket: int,
+        first_number: int,
         depth: int,
         device: torch.device,
     ) -> None:
@@ -82,7 +86,7 @@ class _Channel:
         self.stamps = [Stamp(0, 0, 0)] * depth
         self.ends, self.checked = dict.fromkeys(plan.senders, 0), dict.fromkeys(plan.senders, 0)
         # Numbered by slots, too, because messages of several rounds may be under way at a time.
-        numbers = [[(first_bucket + k) * depth + slot for k in range(len(sizes))] for slot in range(depth)]
+        numbers = [[first_number + k * depth + slot for k in range(len(sizes))] for slot in range(depth)]
         self.sends = [
             [exchange.batch([(peer, one) for peer in plan.receivers], [], number) for one, number in pairs]
             for pairs in (zip(*both, strict=True) for both in zip(self.outgoing, numbers, strict=True))
@@ -139,7 +143,7 @@ class StaleEngine(WorkerEngine):
     ) -> None:
         super().__init__(topology, worker, exchange, bucket_bytes)
         self._peers, self._depth, self._timeout = exchange, staleness + 2, timeout
-        self._staleness = staleness
+        self._staleness, self._number = staleness, 0
         self._channels: dict[_Key, _Channel] = {}
         self._waiters: dict[tuple[_Key, int], Waiter] = {}
         self._events: queue.SimpleQueue[tuple[_Key, int, Exception | None]] = queue.SimpleQueue()
@@ -225,11 +229,24 @@ class StaleEngine(WorkerEngine):
         if key in self._channels and self._channels[key].sizes != sizes:
             self.drain()
         if key not in self._channels:
-            channel = _Channel(plan, self._peers, sizes, at.first_bucket, self._depth, device)
-            self._channels[key] = channel
+            first = self._agreed_number() * _MOST_BUCKETS + at.first_bucket * self._depth
+            channel = self._channels[key] = _Channel(plan, self._peers, sizes, first, self._depth, device)
             for k in range(len(sizes)):
                 self._receive(channel, 0, k, at)
         return self._channels[key]
+
+    def _agreed_number(self) -> int:
+        """Of this engine, the same on all workers and for no other engine; a collective at first.
+
+        Messages of several optimizers may be under way at the same time, and must not be taken for each other's.
+        """
+        if not self._number:
+            mine = torch.tensor([next(_numbers)])
+            dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._peers.group)
+            self._number = int(mine)
+            while next(_numbers) < self._number:
+                pass
+        return self._number
 
     def _begin(self, channel: _Channel, stamp: Stamp) -> tuple[int, int]:
         """The number and slot of the next round, in which nothing is under way any more."""

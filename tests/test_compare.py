@@ -361,7 +361,8 @@ def test_kill_leaves_no_process_and_the_same_command_goes_on(whole, tmp_path):
     assert [row for row in table_of(folder) if row["method"] != "d2"] == table_of(out)
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_all_processes_keeps_what_is_done_and_says_how_to_go_on(number, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(FILE.replace("steps = 12", "steps = 4000").replace("lrs = [0.05, 0.2]", "lrs = [0.05]"))
     out = tmp_path / "out"
@@ -370,14 +371,14 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     children = children_of(process.pid)
-    process.send_signal(signal.SIGINT)
-    for child in children:  # as a terminal does, which signals the whole group
-        os.kill(child, signal.SIGINT)
+    for child in children:  # as a terminal and a scheduler do, which signal the whole group, the parent not first
+        os.kill(child, number)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1] == (
-        f"qgm: stopped by SIGINT, what is done is kept; continue with: qgm compare --resume {out}"
+        f"qgm: stopped by {number.name}, what is done is kept; continue with: qgm compare --resume {out}"
     )
     wait_until_gone(children)
     assert list(out.glob("runs/*/checkpoint.pt"))

@@ -169,8 +169,8 @@ class _Child:
         ours, theirs = socket.socketpair()
         # Not multiprocessing.Process: it would run the caller's main module once more, which need not be made for it.
         start = json.dumps({"path": sys.path, "pipe": theirs.fileno(), "plugins": list(plugins), "threads": threads})
-        # Until the child ignores SIGINT by itself: ctrl-C must not end it while it is being started.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        # Until the child ignores them by itself: what stops all processes must not end it while it is being started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, start],

@@ -79,7 +79,9 @@ def serve(pipe: Connection, plugins: Sequence[str], threads: int) -> None:
         plugins: as in :class:`Comparison`.
         threads: CPU threads.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all processes; the parent says what to do
+    # Ctrl-C, timeout and a scheduler reach all processes; the parent says what to do, and its end is noticed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = _Parent(pipe)
     try:

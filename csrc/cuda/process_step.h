@@ -1,7 +1,7 @@
 // One worker's step in two halves, around communication, over one flat buffer or a bucket of it:
 // local_step makes the messages that are sent, merge mixes what arrived. Together they give the bits of
-// the fused pass (gossip_step.h). A rule's norm is taken from its state after merge, which is read once more: a bucket
-// of 25 MB, the default, would have strips for 98,000 threads, fewer than a large GPU holds, and is mostly in L2 still.
+// the fused pass (gossip_step.h). Where a rule has a norm, a block of threads merges a whole block of the reduction at
+// a time: its new state passes through shared memory, where the squares are summed in order.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +51,8 @@ struct MergeParameters {
   const T* row_scalars;  // [kRowScalars]
   Rule rule;
   bool mean;
-  T scale;  // 1 / terms
+  T scale;             // 1 / terms
+  double* block_sums;  // [reduce_blocks(size)], of a rule with a norm
   int32_t terms;
   const T* received[kMaxReceived];
   T weights[kMaxReceived];
@@ -88,42 +89,85 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Rule, Compute<Storag
   });
 }
 
+// Mixes what arrived at the V coordinates from c on and merges it.
+template <int V, class Rule, class Storage>
+__device__ __forceinline__ Slice<Rule, Storage, V> merge_at(const MergeParameters<Rule, Storage>& p, const Rule& rule,
+                                                            int64_t c) {
+  Slice<Rule, Storage, V> slice;
+  if (Rule::kMergeReadsX) slice.x = load_vector<V>(p.x + c);
+  if (Rule::kMergeReadsGrad) slice.g = load_vector<V>(p.g + c);
+  slice.template load_states<Rule::kMergeReads>(p.state, c);
+  typename Slice<Rule, Storage, V>::Messages mixed;
+  for (int k = 0; k < Rule::kMessages; ++k) {
+    const int first = k * p.terms;
+    const auto term = load_vector<V>(p.received[first] + c);
+    if (p.mean) {
+      mixed[k] = term;
+#pragma unroll 4
+      for (int q = 1; q < p.terms; ++q) {
+        const auto next = load_vector<V>(p.received[first + q] + c);
+        for (int v = 0; v < V; ++v) mixed[k].at[v] = mixed[k].at[v] + next.at[v];
+      }
+      mixed[k] = product(p.scale, mixed[k]);
+    } else {
+      mixed[k] = product(p.weights[0], term);
+#pragma unroll 4
+      for (int q = 1; q < p.terms; ++q) {
+        add_product(mixed, k, p.weights[q], load_vector<V>(p.received[first + q] + c));
+      }
+    }
+  }
+  slice.merge(rule, mixed);
+  store_global(p.x + c, slice.x);
+  slice.template store_states<Rule::kMergeWrites>(p.state, c);
+  return slice;
+}
+
 template <class Rule, class Storage>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Rule, Compute<Storage>>)
     merge_flat(const __grid_constant__ MergeParameters<Rule, Storage> p) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
   const Rule rule = for_row(p.rule, p.row_scalars, 0);
-  for_coordinates<kVector<Compute<Storage>>>(p.extent, thread, threads, [&](int64_t c, auto width) {
-    constexpr int V = decltype(width)::value;
-    using S = Slice<Rule, Storage, V>;
-    S slice;
-    if (Rule::kMergeReadsX) slice.x = load_vector<V>(p.x + c);
-    if (Rule::kMergeReadsGrad) slice.g = load_vector<V>(p.g + c);
-    slice.template load_states<Rule::kMergeReads>(p.state, c);
-    typename S::Messages mixed;
-    for (int k = 0; k < Rule::kMessages; ++k) {
-      const int first = k * p.terms;
-      const auto term = load_vector<V>(p.received[first] + c);
-      if (p.mean) {
-        mixed[k] = term;
-#pragma unroll 4
-        for (int q = 1; q < p.terms; ++q) {
-          const auto next = load_vector<V>(p.received[first + q] + c);
-          for (int v = 0; v < V; ++v) mixed[k].at[v] = mixed[k].at[v] + next.at[v];
-        }
-        mixed[k] = product(p.scale, mixed[k]);
-      } else {
-        mixed[k] = product(p.weights[0], term);
-#pragma unroll 4
-        for (int q = 1; q < p.terms; ++q) {
-          add_product(mixed, k, p.weights[q], load_vector<V>(p.received[first + q] + c));
-        }
-      }
+  for_coordinates<kVector<Compute<Storage>>>(
+      p.extent, thread, threads, [&](int64_t c, auto width) { merge_at<decltype(width)::value>(p, rule, c); });
+}
+
+// The same for a rule with a norm: a block of the reduction at a time, and its sum of squares. Rows that don't begin at
+// a vector go one coordinate at a time, since a vector would belong to two blocks.
+template <class Rule, class Storage>
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks<Rule, Compute<Storage>>)
+    merge_blocks(const __grid_constant__ MergeParameters<Rule, Storage> p) {
+  using T = Compute<Storage>;
+  static_assert(kFlatThreads == kReduceLanes, "a thread sums a lane");
+  constexpr int V = kVector<T>;
+  alignas(16) __shared__ T values[kReduceBlock];
+  __shared__ T lanes[kReduceLanes];
+  const Rule rule = for_row(p.rule, p.row_scalars, 0);
+  const int64_t vectors_end = p.extent.head == 0 ? p.extent.vectors * V : 0;
+#pragma unroll 1
+  for (int64_t block = blockIdx.x; block * kReduceBlock < p.extent.size; block += gridDim.x) {
+    const int64_t begin = block * kReduceBlock, left = p.extent.size - begin;
+    const int count = int(left < kReduceBlock ? left : kReduceBlock);
+    const int64_t whole = vectors_end - begin;
+    const int wide = whole <= 0 ? 0 : int(whole < count ? whole : count);
+#pragma unroll 1
+    for (int at = int(threadIdx.x) * V; at < wide; at += kFlatThreads * V) {
+      store_shared(values + at, merge_at<V>(p, rule, begin + at).state[kNormState<Rule>]);
     }
-    slice.merge(rule, mixed);
-    store_global(p.x + c, slice.x);
-    slice.template store_states<Rule::kMergeWrites>(p.state, c);
-  });
+#pragma unroll 1
+    for (int at = wide + int(threadIdx.x); at < count + kFaultTail; at += kFlatThreads) {
+      values[at] = merge_at<1>(p, rule, begin + at).state[kNormState<Rule>].at[0];
+    }
+    if (!kFaultNoBarrier) __syncthreads();
+    T sum = T(0);
+#pragma unroll
+    for (int term = 0; term < kReduceTerms; ++term) {
+      const int at = term * int(kReduceLanes) + int(threadIdx.x);
+      if (at < count) sum = sum + values[at] * values[at];
+    }
+    sum = sum_lanes(sum, lanes);
+    if (threadIdx.x == 0) p.block_sums[block] = double(sum);
+  }
 }
 
 // Finds how much of vectors that start at several addresses can go V at a time.
@@ -191,6 +235,7 @@ void merge(const MergeArguments& a) {
                                    Rule(a.hyper),
                                    a.mean,
                                    T(1) / T(a.terms),
+                                   a.block_sums,
                                    int32_t(a.terms),
                                    {},
                                    {}};
@@ -202,11 +247,10 @@ void merge(const MergeArguments& a) {
   }
   for (int64_t q = 0; q < a.terms; ++q) p.weights[q] = T(a.weights[q]);
   p.extent = alignment.extent(a.size);
-  launch("merge_", device, merge_flat<Rule, Storage>, flat_blocks(p.extent), dim3(kFlatThreads), 0, a.stream, p);
   if constexpr (kHasNorm<Rule>) {
-    const ReduceParameters reduce{1, a.size, a.size, reduce_blocks(a.size), a.block_sums};
-    launch("merge_", device, block_sums_of<T>, reduce.blocks, dim3(kReduceLanes), 0, a.stream,
-           static_cast<const T*>(p.state[kNormState<Rule>]), static_cast<const T*>(nullptr), int64_t(0), reduce);
+    launch("merge_", device, merge_blocks<Rule, Storage>, reduce_blocks(a.size), dim3(kFlatThreads), 0, a.stream, p);
+  } else {
+    launch("merge_", device, merge_flat<Rule, Storage>, flat_blocks(p.extent), dim3(kFlatThreads), 0, a.stream, p);
   }
 }
 

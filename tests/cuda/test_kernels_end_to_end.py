@@ -9,6 +9,8 @@ behind the marker ``exhaustive``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -203,6 +205,46 @@ def test_norm_of_a_pass_has_the_bits_of_the_cpu(
     assert module.runtime.forbidden_calls() == []
 
 
+def merge_problem(rule: str, d: int, dtype: torch.dtype, offset: int) -> tuple[Problem, list[torch.Tensor]]:
+    """A worker's vectors, and three messages that came."""
+    generator = torch.Generator().manual_seed(d)
+    compute = ops.compute_dtype(dtype)
+    received = [torch.randn(d + 4, generator=generator).to(compute)[offset : offset + d] for _ in range(3)]
+    return Problem(rule, 1, d, dtype, offset=offset), received
+
+
+def merge(step: Callable[..., None], problem: Problem, received: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All that a merge_ leaves: the buffers and the sums of blocks."""
+    buffers, (sums,) = problem.clones(), problem.block_sums()
+    x, g, state = problem.views(buffers)
+    weights, scalars = [0.2, 0.5, 0.3], problem.row_scalars[0]
+    mine = [vector[0] for vector in state]
+    step(x[0], g[0], mine, received, weights, False, problem.rule, problem.hyper, scalars, sums[0])
+    return [*buffers, sums]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("rule", "d", "offset"),
+    [
+        ("qg_dadam", 3 * 4096 + 5, 0),  # the last block is a vector and a coordinate
+        ("qg_dadam_v1", 4097, 0),  # the last block is no vector
+        ("qg_dadam_v2", 4096, 0),
+        ("qg_dadam", 4099, 1),  # a vector would belong to two blocks
+    ],
+)
+def test_norm_of_merge_has_the_bits_of_the_cpu_and_takes_no_second_launch(
+    module: MockModule, rule: str, d: int, offset: int, dtype: torch.dtype
+) -> None:
+    module.runtime.reset(multiprocessors=2, blocks_per_multiprocessor=1)  # fewer blocks of threads than of the sum
+    problem, received = merge_problem(rule, d, dtype, offset)
+    assert same_bits(merge(module.merge, problem, received), merge(ops.merge_, problem, received))
+    (launch,) = module.runtime.launches
+    assert "merge_blocks" in launch.kernel
+    assert launch.grid == (min(2, -(-d // 4096)), 1, 1)
+    assert module.runtime.forbidden_calls() == []
+
+
 # ------------------------------------------------------------------------------------------------ other paths
 @pytest.mark.parametrize(
     ("n", "d", "name", "kernel"),
@@ -381,3 +423,15 @@ def test_injected_tail_fault_of_local_step_and_merge_is_found() -> None:
         faulty.local_step(x[0], g[0], [state[0][0]], [torch.zeros(30)], "qg_dsgdm", problem.hyper)
     with pytest.raises(OutOfBounds):
         faulty.merge(x[0], g[0], [state[0][0]], [torch.zeros(30)], [1.0], False, "qg_dsgdm", problem.hyper)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), [("QGM_FAULT_NO_BARRIER", (Race, Uninitialised)), ("QGM_FAULT_TAIL", (OutOfBounds,))]
+)
+def test_injected_fault_of_the_norm_of_merge_is_found(fault: str, error: tuple[type[Exception], ...]) -> None:
+    faulty = MockModule([fault], only="qg_dadam")
+    problem, received = merge_problem("qg_dadam", 4101, torch.float32, 0)
+    problem.buffers = [buffer[:4101] for buffer in problem.buffers]
+    received = [message.clone() for message in received]
+    with pytest.raises(error):
+        merge(faulty.merge, problem, received)

@@ -35,7 +35,14 @@ ARCHITECTURES = [
 RARE = ("SlowmoOuter", "MomentumTrackingStart")
 # Registers a thread: three blocks of 256 threads a multiprocessor for the tile, four for the others. Rules that
 # move many vectors, and doubles, which take two registers, run with two blocks: 128 registers.
-LIMITS = {"gossip_tile": 80, "gossip_columns": 80, "relay_tile": 80, "local_flat": 64, "merge_flat": 64}
+LIMITS = {
+    "gossip_tile": 80,
+    "gossip_columns": 80,
+    "relay_tile": 80,
+    "local_flat": 64,
+    "merge_flat": 64,
+    "merge_blocks": 64,
+}
 
 
 def name_of(code: sass.KernelCode) -> str:
@@ -90,12 +97,12 @@ def test_machine_code_of_every_kernel(source: Path, arch: str) -> None:
             # x, g and the state if there is one, and two messages of the last step; for a rule without state at least
             # two of these four
             assert code.load_bytes_in_flight() >= (32 if is_16_bit(code) or is_double(code) else 64), code.signature
-        if name in ("local_flat", "merge_flat"):
+        if name in ("local_flat", "merge_flat", "merge_blocks"):
             assert max(i.width for i in code.accesses("global", "store")) == (16 if "local" in name else payload(code))
 
 
 def payload(code: sass.KernelCode) -> int:
-    """Widest store of merge_flat: 16 bytes, or 8 where only a 16-bit x is written."""
+    """Widest store of a merge: 16 bytes, or 8 where only a 16-bit x is written."""
     stores_state = any(i.width == 16 for i in code.accesses("global", "store"))
     return 16 if stores_state or not is_16_bit(code) else 8
 
@@ -149,3 +156,25 @@ def test_norm_of_a_fused_step_costs_a_sixteenth_of_a_vector(counting: MockModule
         assert sum(result.stored_bytes[name] for result in results) == (0 if name == "g" else size), name
     sectors = sum(result.total("sectors", "global") for result in results)
     assert sectors <= 1.05 * sum(result.total("ideal_sectors", "global") for result in results)
+
+
+@needs_mock
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda t: str(t)[6:])
+def test_norm_of_merge_costs_no_memory_traffic(counting: MockModule, dtype: torch.dtype) -> None:
+    d = 4 * 4096
+    problem, compute = Problem("qg_dadam", 1, d, dtype), ops.compute_dtype(dtype)
+    x, g, state = problem.views(problem.buffers)
+    received, (sums,) = [torch.ones(d, dtype=compute) for _ in range(3)], problem.block_sums()
+    counting.runtime.reset()
+    mine = [vector[0] for vector in state]
+    counting.merge(
+        x[0], g[0], mine, received, [0.2, 0.3, 0.5], False, "qg_dadam", problem.hyper, problem.row_scalars[0], sums[0]
+    )
+    (launch,) = counting.runtime.launches
+    result, wide = launch.result, d * compute.itemsize
+    assert result is not None
+    loaded = {name: size for name, size in result.loaded_bytes.items() if size}
+    assert loaded == {"x": d * dtype.itemsize, **{f"received[{q}]": wide for q in range(3)}}
+    stored = {name: size for name, size in result.stored_bytes.items() if size}
+    assert stored == {"x": d * dtype.itemsize, "state[2]": wide, "sums[0]": 4 * 8}
+    assert result.total("sectors", "global") <= 1.05 * result.total("ideal_sectors", "global")

@@ -42,6 +42,16 @@ static void check(Buffer<T>& left, Buffer<T>& right, int64_t count, const char* 
   std::exit(2);
 }
 
+// A state vector, twice; of a rule with roots, not negative.
+template <class Rule, class T>
+static void fill_state(Buffer<T>& left, Buffer<T>& right, int64_t count) {
+  fill(left, count);
+  for (int64_t k = 0; k < count; ++k) {
+    if (kHasNorm<Rule> && left[k] < T(0)) left[k] = -left[k];
+    right[k] = left[k];
+  }
+}
+
 static const double kHyper[] = {0.1, 0.9, 0.8, 1e-4, 2.0, 1.0, 0.7, 0.3};
 
 // stride = 0: rows one behind the other; offset: elements in front of the first row.
@@ -57,11 +67,7 @@ static void gossip(MixingForm form, int64_t rows, int64_t cols, int64_t stride, 
   for (int64_t k = 0; k < size; ++k) x_cpu[k] = x[k];
   for (int s = 0; s < kStates; ++s) {
     state.emplace_back(size), state_cpu.emplace_back(size);
-    fill(state[size_t(s)], size);
-    for (int64_t k = 0; k < size; ++k) {  // of a rule with roots, not negative
-      T& value = state[size_t(s)][k];
-      state_cpu[size_t(s)][k] = value = kHasNorm<Rule> && value < T(0) ? -value : value;
-    }
+    fill_state<Rule>(state.back(), state_cpu.back(), size);
   }
   const int64_t blocks = kHasNorm<Rule> ? reduce_blocks(cols) : 0;
   Buffer<double> sums(rows * blocks), sums_cpu(rows * blocks);
@@ -159,32 +165,40 @@ static void relay(int64_t trees, int64_t rows, int64_t cols, int64_t stride, int
 template <template <class> class RuleOf, class Storage>
 static void process(int64_t size, int64_t terms, bool mean, int64_t offset) {
   using T = Compute<Storage>;
-  constexpr int kStates = RuleOf<T>::kStates;
-  const int64_t whole = size + offset;
+  using Rule = RuleOf<T>;
+  constexpr int kStates = Rule::kStates;
+  const int64_t whole = size + offset, blocks = kHasNorm<Rule> ? reduce_blocks(size) : 0;
   Buffer<Storage> x(whole), g(whole), x_cpu(whole);
-  Buffer<T> state(whole), state_cpu(whole), message(whole), message_cpu(whole);
-  fill(x, whole), fill(g, whole), fill(state, whole);
-  for (int64_t k = 0; k < whole; ++k) {
-    x_cpu[k] = x[k], state_cpu[k] = state[k], message[k] = message_cpu[k] = T(0);
+  Buffer<T> message(whole), message_cpu(whole);
+  Buffer<double> sums(blocks), sums_cpu(blocks);
+  std::deque<Buffer<T>> state, state_cpu;  // which moves nothing
+  fill(x, whole), fill(g, whole);
+  for (int s = 0; s < kStates; ++s) {
+    state.emplace_back(whole), state_cpu.emplace_back(whole);
+    fill_state<Rule>(state.back(), state_cpu.back(), whole);
   }
+  for (int64_t k = 0; k < whole; ++k) x_cpu[k] = x[k], message[k] = message_cpu[k] = T(0);
+  const auto set_states = [&](auto& arguments, std::deque<Buffer<T>>& from) {
+    for (int s = 0; s < kStates; ++s) arguments.state[s] = from[size_t(s)].data() + offset;
+  };
   Buffer<T> scalars(kRowScalars<RuleOf<T>>);
   for (int64_t k = 0; k < kRowScalars<RuleOf<T>>; ++k) scalars[k] = T(1.5 + 0.5 * uniform());
 
   cpu::LocalStepArguments a{};
   a.row_scalars = scalars.data();
   a.x = x_cpu.data() + offset, a.g = g.data() + offset;
-  if (kStates > 0) a.state[0] = state_cpu.data() + offset;
+  set_states(a, state_cpu);
   a.message[0] = message_cpu.data() + offset;
   a.size = size, a.hyper = kHyper, a.threads = 1, a.simd = cpu::Simd::kBaseline;
   cpu::local_step<RuleOf, Storage>(a);
   cuda::LocalStepArguments b{};
   static_cast<LocalStepArguments&>(b) = a;
   b.x = x.data() + offset;
-  if (kStates > 0) b.state[0] = state.data() + offset;
+  set_states(b, state);
   b.message[0] = message.data() + offset;
   cuda::local_step<RuleOf, Storage>(b);
   check(message, message_cpu, whole, "local_step message");
-  check(state, state_cpu, whole, "local_step state");
+  for (size_t s = 0; s < state.size(); ++s) check(state[s], state_cpu[s], whole, "local_step state");
 
   std::deque<Buffer<T>> received;  // which moves nothing
   std::vector<const void*> pointers;
@@ -198,17 +212,19 @@ static void process(int64_t size, int64_t terms, bool mean, int64_t offset) {
   cpu::MergeArguments c{};
   c.row_scalars = scalars.data();
   c.x = x_cpu.data() + offset, c.g = g.data() + offset;
-  if (kStates > 0) c.state[0] = state_cpu.data() + offset;
+  set_states(c, state_cpu);
   c.received = pointers.data(), c.weights = weights.data(), c.terms = terms, c.mean = mean;
+  c.block_sums = sums_cpu.data();
   c.size = size, c.hyper = kHyper, c.threads = 1, c.simd = cpu::Simd::kBaseline;
   cpu::merge<RuleOf, Storage>(c);
   cuda::MergeArguments d{};
   static_cast<MergeArguments&>(d) = c;
-  d.x = x.data() + offset;
-  if (kStates > 0) d.state[0] = state.data() + offset;
+  d.x = x.data() + offset, d.block_sums = sums.data();
+  set_states(d, state);
   cuda::merge<RuleOf, Storage>(d);
   check(x, x_cpu, whole, "merge x");
-  check(state, state_cpu, whole, "merge state");
+  for (size_t s = 0; s < state.size(); ++s) check(state[s], state_cpu[s], whole, "merge state");
+  check(sums, sums_cpu, blocks, "merge block sums");
 }
 
 template <class Storage>
@@ -251,6 +267,8 @@ int main(int count, char** arguments) {
   } else if (is("norm")) {  // in strips, then with the vector read once more
     gossip<rules::qg_dadam::QgDadam, float>(MixingForm::kSparse, 33, 4101, 4104, 0);
     gossip<rules::qg_dadam::QgDadam, bfloat16>(MixingForm::kMean, 5, 300, 304, 0);
+    process<rules::qg_dadam::QgDadam, float>(4101, 3, false, 0);
+    process<rules::qg_dadam::QgDadamV1, bfloat16>(300, 2, true, 1);
   } else if (is("columns")) {
     for (const MixingForm form : {MixingForm::kSparse, MixingForm::kMean, MixingForm::kIdentity}) {
       gossip<rules::qg_dsgdm::QgDsgdmN, float>(form, 4, 71, 73, 0);

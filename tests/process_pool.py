@@ -78,7 +78,7 @@ class ProcessPool:
             theirs.close()
             self._members.append((process, ours))
 
-    def run(self, function: Callable[..., Any], size: int, *arguments: Any, limit: float = 90.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, limit: float = 240.0) -> list[Any]:
         """Run ``function(rank, *arguments)`` in ``size`` processes that are a process group; the results by rank.
 
         Raises:

@@ -399,7 +399,8 @@ def test_ops_pass_opcheck():
     for reduction in (library.squared_norms, library.consensus_distance, library.rows_are_finite):
         torch.library.opcheck(reduction.default, (x,))
     x, g, *state = problem("qg_dadam", 4, 33, torch.float32)
-    tensors, hyper, scalars, sums = mixing.tensors(), hyper_of("qg_dadam"), torch.ones(4, 2), ops.new_block_sums(x)
+    tensors, hyper, sums = mixing.tensors(), hyper_of("qg_dadam"), ops.new_block_sums(x)
+    scalars = row_scalars_of("qg_dadam", 4, torch.float32)
     torch.library.opcheck(
         library.gossip_step_.default, (x, g, state, *tensors, mixing.form, "qg_dadam", hyper, scalars, sums)
     )

@@ -1,6 +1,7 @@
 """Whether all workers were started alike: a comparison of what each of them says about itself.
 
-What is exchanged is JSON in tensors of bytes; nothing that a peer sends is unpickled.
+What is exchanged is JSON in tensors of bytes; nothing that a peer sends is unpickled. :func:`as_bytes` and
+:func:`collective_device` are for others that exchange such tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["DisagreementError", "check_agreement", "gather_json"]
+__all__ = ["DisagreementError", "as_bytes", "check_agreement", "collective_device", "gather_json"]
 
 _LARGEST = 1 << 28  # bytes that a worker may say about itself; more is garbage
 
@@ -87,3 +88,15 @@ def _shown(fields: Mapping[str, Any], name: str) -> str:
         return "missing"
     text = json.dumps(fields[name])
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Its bytes in the order of its elements, [k] uint8; a view of it if it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def collective_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the backend of a group, which there must be, wants the tensors of its collectives."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as _torch_checkpoint
 
-from qgm_ext.distributed.agreement import gather_json
+from qgm_ext.distributed.agreement import collective_device, gather_json
 from qgm_ext.distributed.takeover import Sources, State, checksum, choose, hand_over
 from qgm_ext.experiments.runfolder import write_atomically
 from qgm_ext.optim import DecentralizedOptimizer
@@ -363,9 +363,7 @@ def _in_all(steps: list[int], group: dist.ProcessGroup | None) -> list[int]:
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where the group's backend wants tensors of collectives."""
-    if _place(group)[1] > 1 and dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return collective_device(group) if _place(group)[1] > 1 else torch.device("cpu")
 
 
 def _started(root: Path, rank: int, size: int) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from qgm_ext.distributed.agreement import collective_device
 from qgm_ext.distributed.timeline import span
 
 __all__ = ["Exchange", "Message", "MessageError", "PeerLostError", "Stamp"]
@@ -151,9 +152,7 @@ class Exchange:
     @property
     def device(self) -> torch.device:
         """Where the backend wants tensors of collectives."""
-        if self.backend == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        return collective_device(self.group)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgm_ext.distributed.agreement import as_bytes
 from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.roll import CHUNK
 
@@ -44,13 +45,10 @@ class Survivors:
         """A tensor of each of them by rank, the same on all; on all of one shape and dtype."""
 
         def together(said: Mapping[int, Tensor]) -> Tensor:
-            rows = [torch.tensor([float(rank)], dtype=torch.float64).view(torch.uint8) for rank in said]
-            return torch.cat(
-                [part for row, one in zip(rows, said.values(), strict=True) for part in (row, _bytes(one))]
-            )
+            return torch.cat([as_bytes(part) for rank, one in said.items() for part in (torch.tensor([rank]), one)])
 
         found = self.decide(mine, together).view(-1, 8 + mine.numel() * mine.element_size())
-        ranks = found[:, :8].contiguous().view(torch.float64)[:, 0].int().tolist()
+        ranks = found[:, :8].contiguous().view(torch.int64)[:, 0].tolist()
         return {rank: row[8:].clone().view(mine.dtype).view(mine.shape) for rank, row in zip(ranks, found, strict=True)}
 
     def decide(self, mine: Tensor, work: Callable[[dict[int, Tensor]], Tensor]) -> Tensor:
@@ -89,7 +87,7 @@ class Survivors:
         return found
 
     def _put(self, key: str, content: Tensor) -> None:
-        data = _bytes(content).numpy().tobytes()
+        data = as_bytes(content).numpy().tobytes()
         for k in range(0, len(data), CHUNK):
             self._store.set(f"{key}/{k}", data[k : k + CHUNK])
         self._store.set(f"{key}/size", str(len(data)))
@@ -105,7 +103,3 @@ class Survivors:
         size = int(self._store.get(f"{key}/size").decode())
         for name in ("size", *range(0, size, CHUNK)):
             self._store.delete_key(f"{key}/{name}")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

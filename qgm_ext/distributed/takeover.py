@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgm_ext.distributed.agreement import as_bytes
 from qgm_ext.topology import Topology
 
 __all__ = ["Sources", "State", "checksum", "choose", "hand_over"]
@@ -143,7 +144,7 @@ def hand_over(
 
 def checksum(tensor: Tensor) -> int:
     """Of the bytes of a tensor on the CPU."""
-    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    data: Any = as_bytes(tensor).numpy()
     return zlib.crc32(data)
 
 
@@ -154,7 +155,7 @@ def _send(state: State | None, receiver: int, group: dist.ProcessGroup | None, d
     text = b"" if state is None else json.dumps([content, shapes]).encode()
     dist.send(torch.tensor([len(text)], device=device), target, group=group)
     pieces = [torch.frombuffer(bytearray(text), dtype=torch.uint8)] if text else []
-    pieces += [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+    pieces += [as_bytes(tensor) for tensor in tensors.values()]
     for flat in pieces:
         for begin in range(0, len(flat), _PIECE):
             dist.send(flat[begin : begin + _PIECE].to(device), target, group=group)

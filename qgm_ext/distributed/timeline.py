@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd import profiler
 
+from qgm_ext.distributed.agreement import collective_device
+
 if TYPE_CHECKING:
     from qgm_ext.distributed.exchange import Stamp
 
@@ -140,7 +142,7 @@ def _recorded(recorded: torch.profiler.profile, rank: int, size: int) -> dict[st
 
 def _gather(mine: Any, group: dist.ProcessGroup | None, rank: int, size: int) -> list[Any] | None:
     """What all workers have recorded, on rank 0, else None."""
-    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    device = collective_device(group)
     packed = torch.frombuffer(bytearray(zlib.compress(json.dumps(mine).encode(), 1)), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([len(packed)], device=device), group=group)

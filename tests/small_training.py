@@ -17,8 +17,8 @@ OPTIMIZERS = [
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS)
 
 
-def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
+def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
 
 
@@ -37,3 +37,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
 def assert_same(model: nn.Module, other: nn.Module) -> None:
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right), f"parameter {i}"

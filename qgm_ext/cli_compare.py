@@ -97,7 +97,8 @@ def compare(
         if dry_run and plan.published:  # before the data, which need not be there to read them
             runs = [*outcomes.planned_runs(plan, folder)]
             show(console, Results(plan, folder, runs if resume is None else list(map(outcomes.read_run, runs))))
-        _load_data(plan, download)
+        if download:
+            _fetch_data(plan)
         _announce(console, plan)
     with user_errors(), stop_on_signal() as stop:
         begin = time.perf_counter()
@@ -159,15 +160,14 @@ def _plan(
     return comparison_files.from_dict(given), out or Path("compare-run")
 
 
-def _load_data(plan: Comparison, download: bool) -> None:
-    """Missing data is found here, with the place to get it, rather than by a child process."""
+def _fetch_data(plan: Comparison) -> None:
     from qgm_ext import data
 
     for chosen in {
         (train.get("data", "digits"), train.get("data_root"))
         for train in ({**plan.train, **method.train} for method in plan.methods)
     }:
-        data.load(*chosen, download=download)
+        data.load(*chosen, download=True)
 
 
 def _announce(console: Console, plan: Comparison) -> None:

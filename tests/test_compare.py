@@ -13,11 +13,12 @@ import sys
 import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from qgm_ext import evaluate
+from qgm_ext import data, evaluate
 from qgm_ext.cli import app
-from qgm_ext.experiments import compare_worker, results, run, runfolder
+from qgm_ext.experiments import compare_check, compare_worker, results, run, runfolder
 from qgm_ext.experiments.compare import CompareError, compare
 from qgm_ext.experiments.comparison_files import from_dict
 from qgm_ext.experiments.config import TrainConfig
@@ -294,6 +295,12 @@ def test_a_dry_run_only_estimates(tmp_path):
         ("--algorithm dsgd --lr nan", "lrs must be a finite number"),
         ("--algorithm relaysgd --topology exponential:8", "give the method a topology of its own"),
         (
+            "--algorithm dsgd --topology ring:4 --topology ring:1000 --out {out}",
+            "dsgd on ring:1000, alpha 0.1, mlp, seed 0: too few samples: 1000 workers need at least 2000 labels",
+        ),
+        ("--algorithm dsgd --topology ring:4 --batch 330 --out {out}", "batch_size=330 is larger than the 323 samples"),
+        ("--algorithm dsgd --model text_mlp --out {out}", "text_mlp is no model for digits; there are cnn,"),
+        (
             "--algorithm dsgd --processes 0 --num-train 100 --topology ring:4 --out {out}",
             "processes must be at least 1",
         ),
@@ -305,6 +312,37 @@ def test_the_command_refuses_wrong_input_in_one_line(words, message, tmp_path):
     last = output.strip().splitlines()[-1]
     assert last.startswith("qgm: ")
     assert message in last
+    assert not (tmp_path / "o").exists()  # nothing was begun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_cuda_device_is_told_before_any_process_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("qgm_ext.experiments.compare._Child", None)
+    code, output = qgm("compare", "--algorithm", "dsgd", "--device", "cuda", "--out", tmp_path / "o")
+    assert code == 2, output
+    last = output.strip().splitlines()[-1]
+    assert last == "qgm: device 'cuda' needs a CUDA device and a torch with CUDA, but torch finds none"
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_split_that_fails_with_the_last_seed_only_is_found_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("qgm_ext.experiments.compare._Child", None)
+    real = data.dirichlet_partition
+
+    def draw(labels, num_workers, alpha, seed):
+        if seed == 1 and alpha == 0.5:
+            raise ValueError("no Dirichlet partition found")
+        return real(labels, num_workers, alpha, seed)
+
+    monkeypatch.setattr(data, "dirichlet_partition", draw)
+    with pytest.raises(ValueError, match=r"dsgd on ring:4, alpha 0\.5, mlp, seed 1: no Dirichlet partition found"):
+        compare(plan(alphas=[10, 0.5]), tmp_path / "o")
+
+
+def test_what_is_finished_needs_neither_data_nor_device(whole, tmp_path, monkeypatch):
+    folder, _, _ = whole
+    monkeypatch.setattr(compare_check, "check", None)
+    assert compare(plan(), folder).finished
 
 
 def until_done(process, runs):

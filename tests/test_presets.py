@@ -67,8 +67,8 @@ def test_a_paper_preset_fits_its_data(name: str, files: Path) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_dry_run_shows_published_figures_before_it_needs_the_data(name: str, tmp_path: Path) -> None:
-    words = ["compare", "--preset", name, "--dry-run", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
-    result = CliRunner(env={"COLUMNS": "600", "NO_COLOR": "1"}).invoke(app, words)
+    words = ["compare", "--preset", name, "--dry-run", "--data-root", str(tmp_path), "--device", "cpu"]
+    result = CliRunner(env={"COLUMNS": "600", "NO_COLOR": "1"}).invoke(app, [*words, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     output = result.output
     assert "not found. Looked in:" in output

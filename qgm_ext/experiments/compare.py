@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import qgm_ext
-from qgm_ext.experiments import comparison, results, runfolder
+from qgm_ext.experiments import compare_check, comparison, results, runfolder
 from qgm_ext.experiments.comparison import Comparison
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.results import Results, Run
@@ -132,18 +132,23 @@ def compare(
 
     Raises:
         ValueError, TypeError: if an argument does not fit, or the folder can't be used or is in use.
+        OSError, ImportError: if data are missing, or what reads them.
         CompareError: if a run could not be done. Everything done until then is kept.
+
+    What would stop a run later is found, as far as :mod:`qgm_ext.experiments.compare_check` can, before the first one.
     """
     count = _check_count("processes", available_cores() if processes is None else processes)
     _check_count("threads", threads)
     begin = time.perf_counter()
     folder = Path(out)
+    if _read(plan, folder, threads).todo():
+        compare_check.check(plan)
     with _taken(folder, plan):
-        found = Results(plan, folder, [results.read_run(run) for run in results.planned_runs(plan, folder, threads)])
+        found = _read(plan, folder, threads)
         runner = _Runner(found, count, threads, checkpoint_seconds, on_run, on_state, should_stop or (lambda: False))
         estimate: Estimate | None = None
         try:
-            if runner.todo():
+            if found.todo():
                 estimate = runner.estimate()
                 if estimate is not None and on_estimate is not None:
                     on_estimate(estimate)
@@ -154,7 +159,11 @@ def compare(
             raise CompareError(str(error), disk=True) from error
         finally:
             runner.close()
-    return Outcome(found, not runner.todo(), time.perf_counter() - begin, estimate)
+    return Outcome(found, not found.todo(), time.perf_counter() - begin, estimate)
+
+
+def _read(plan: Comparison, folder: Path, threads: int) -> Results:
+    return Results(plan, folder, [results.read_run(run) for run in results.planned_runs(plan, folder, threads)])
 
 
 def available_cores() -> int:
@@ -242,15 +251,6 @@ class _Runner:
         self._children: list[_Child] = []
         self._costs: dict[str, float] = {}
 
-    def todo(self) -> list[Run]:
-        """Runs that are needed and not done, each folder once, as far as can be said now."""
-        runs: dict[Path, Run] = {}
-        for cell in self._found.plan.cells():
-            for run in self._found.wanted(cell):
-                if run.status == "unfinished":
-                    runs.setdefault(run.folder, run)
-        return list(runs.values())
-
     def estimate(self) -> Estimate | None:
         """Measure what has not been measured; None if it was stopped meanwhile."""
         for run in self._found.runs.values():
@@ -258,7 +258,7 @@ class _Runner:
                 self._costs[_cost_class(run.config)] = run.seconds
         known = set(self._costs)
         missing: dict[str, Run] = {}
-        for run in self.todo():
+        for run in self._found.todo():
             if _cost_class(run.config) not in self._costs:
                 missing.setdefault(_cost_class(run.config), run)
         self._start_children(len(missing) or 1)
@@ -270,7 +270,7 @@ class _Runner:
 
         if not self._loop("calibrate", waiting, measured):
             return None
-        total, todo = self._total_runs(), self.todo()
+        total, todo = self._total_runs(), self._found.todo()
         seconds = sum(self._cost(run) for run in self._all_ahead())
         used = min(self._processes, max(len(todo), 1))
         ways = [*(["finished runs"] if known else []), *(["calibration"] if missing else [])]
@@ -278,7 +278,7 @@ class _Runner:
 
     def work(self) -> None:
         """Do the runs; returns early if asked to stop."""
-        todo = self.todo()
+        todo = self._found.todo()
         self._start_children(len(todo))
         given = {run.folder for run in todo}
         waiting = deque(todo)
@@ -292,7 +292,7 @@ class _Runner:
             self._found.write_csv()
             if self._on_run is not None:
                 self._on_run(results.read_run(run))
-            for more in self.todo():  # those with the step size that has just been chosen
+            for more in self._found.todo():  # those with the step size that has just been chosen
                 if more.folder not in given:
                     given.add(more.folder)
                     waiting.appendleft(more)
@@ -362,7 +362,7 @@ class _Runner:
 
     def _all_ahead(self) -> Iterator[Run]:
         """What is still to do, with runs of step sizes not chosen yet stood for by others of the same cost."""
-        yield from self.todo()
+        yield from self._found.todo()
         seeds = self._found.plan.search_seeds()
         for cell in self._found.plan.cells():
             if not self._found.searched(cell):

@@ -29,6 +29,8 @@ from qgm_ext.simulator import Simulator
 __all__ = [
     "Inputs",
     "build",
+    "check",
+    "check_device",
     "describe_partition",
     "load_data",
     "make_model",
@@ -77,7 +79,9 @@ def build(config: TrainConfig, partition: data.Partition | None = None, on_peer_
 
     Raises: as :func:`qgm_ext.experiments.train.run`.
     """
-    device = _device(config.device)
+    device = check_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     dataset = load_data(config)
     kept, validation_indices = data.hold_out(len(dataset.train_y), config.validation, config.seed)
     if partition is None:
@@ -88,18 +92,7 @@ def build(config: TrainConfig, partition: data.Partition | None = None, on_peer_
     held_out = torch.from_numpy(validation_indices).to(device)
     changes = augment.make(config.augment, dataset)
     batches = data.WorkerBatches(train_x, train_y, partition, config.batch, config.seed, changes)
-    num_steps = config.num_steps(batches.steps_per_epoch)
-    warmup = round(config.warmup_epochs * batches.steps_per_epoch)
-    if warmup > num_steps:
-        raise ValueError(f"warmup_epochs must fit into the {num_steps} steps of the run, got {warmup} steps")
-    schedule = Schedule(
-        name=config.schedule,
-        lr=config.peak_lr,
-        num_steps=num_steps,
-        warmup_steps=warmup,
-        warmup_from=config.warmup_from,
-        milestones=config.milestones,
-    )
+    schedule = _make_schedule(config, batches.steps_per_epoch)
     return Inputs(
         config=config,
         device=device,
@@ -110,8 +103,41 @@ def build(config: TrainConfig, partition: data.Partition | None = None, on_peer_
         validation=(subset(train_x, held_out), train_y[held_out]),
         batches=batches,
         schedule=schedule,
-        num_steps=num_steps,
+        num_steps=schedule.num_steps,
         sim=_make_simulator(config, dataset, device, on_peer_loss),
+    )
+
+
+def check(config: TrainConfig, dataset: data.Dataset) -> None:
+    """Find what :func:`build` would find wrong with the split over workers, the batches and the length of a run.
+
+    Needs neither the device nor a model.
+
+    Args:
+        config: of the run.
+        dataset: its data, from :func:`load_data`.
+
+    Raises: TypeError, ValueError as :func:`build`.
+    """
+    kept, _ = data.hold_out(len(dataset.train_y), config.validation, config.seed)
+    partition = make_partition(config, dataset, kept)
+    changes = augment.make(config.augment, dataset)
+    batches = data.WorkerBatches(dataset.train_x, dataset.train_y, partition, config.batch, config.seed, changes)
+    _make_schedule(config, batches.steps_per_epoch)
+
+
+def _make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
+    num_steps = config.num_steps(steps_per_epoch)
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup > num_steps:
+        raise ValueError(f"warmup_epochs must fit into the {num_steps} steps of the run, got {warmup} steps")
+    return Schedule(
+        name=config.schedule,
+        lr=config.peak_lr,
+        num_steps=num_steps,
+        warmup_steps=warmup,
+        warmup_from=config.warmup_from,
+        milestones=config.milestones,
     )
 
 
@@ -206,17 +232,18 @@ def _check_process(config: TrainConfig) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
-    """The device, if kernels for it are built and it is there."""
+def check_device(name: str) -> torch.device:
+    """The device, if kernels for it are built and it is there; does nothing on it yet.
+
+    Raises: ValueError if not.
+    """
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {name!r} needs a CUDA device and a torch with CUDA, but torch finds none")
         if not ops.has_native("cuda"):
             raise ValueError(f"device {name!r} needs qgm_ext._cuda: QGM_CUDA=1 pip install . where nvcc is")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device.index >= torch.cuda.device_count():
+        if device.index is not None and device.index >= torch.cuda.device_count():
             raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {name!r}")
     return device
 

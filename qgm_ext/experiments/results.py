@@ -228,6 +228,15 @@ class Results:
         lr = self.chosen_lr(cell)
         return search + ([] if lr is None else [run for run in self.of(cell, lr) if run.seed not in seeds])
 
+    def todo(self) -> list[Run]:
+        """The runs that are wanted and not done, as far as can be said now."""
+        runs: dict[Path, Run] = {}
+        for cell in self.plan.cells():
+            for run in self.wanted(cell):
+                if run.status == "unfinished":
+                    runs.setdefault(run.folder, run)
+        return list(runs.values())
+
     def num_wanted(self) -> int:
         """How many runs there will be in all."""
         search = len(self.plan.search_seeds())

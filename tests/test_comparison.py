@@ -23,6 +23,9 @@ from qgm_ext.experiments.results import Results, Run, paired_test
 PLAIN = {"algorithms": ["dsgd", "qg_dsgdm_n"], "topologies": ["ring:4"], "lrs": [0.1, 0.2], "seeds": 2}
 
 
+FIGURE = {"method": "dsgd", "topology": "ring:4", "alpha": 0.1, "value": 70}
+
+
 def plan(**changes) -> Comparison:
     return from_dict({**PLAIN, **changes})
 
@@ -139,6 +142,14 @@ def test_the_folder_of_a_run_depends_on_what_decides_its_outcome_alone():
         ({"published": [{"method": "x", "value": math.nan, "topology": "ring:4"}]}, "must be a finite number, got nan"),
         ({"published": [{"method": "x", "value": 1, "topology": "ring:4", "source": 3}]}, "source of a published fig"),
         ({"published": [{"method": "x", "value": 1, "topology": "ring:4", "verified": "no"}]}, "must be true or false"),
+        ({"published": [FIGURE | {"topology": "ring:8"}]}, "topology of the published figure 70 .* got 'ring:8'"),
+        ({"published": [FIGURE | {"alpha": 0.3}]}, "alpha of the published figure 70 .* must be one of 0.1, got 0.3"),
+        ({"published": [FIGURE | {"model": "cnn"}]}, "model of the published figure 70 .* must be one of mlp, got"),
+        (
+            {"published": [FIGURE | {"method": "QG-DSGDm-N"}]},
+            "is no label .*; did you mean 'qg_dsgdm_n'",
+        ),
+        ({"published": [FIGURE], "train": {"partition": "iid"}}, "must be left out: partition 'iid' has none"),
         ({"plugins": ["no_such_module"]}, "plugin no_such_module can't be imported: ModuleNotFoundError"),
         ({"plugins": ["/nowhere/a.py"]}, "plugin /nowhere/a.py can't be imported"),
         ({"algorithms": ["relaysgd"], "topologies": ["exponential:8"]}, "give the method a topology of its own"),
@@ -176,6 +187,56 @@ def test_options_replace_what_a_file_says_but_keep_what_it_says_of_a_method():
     made = from_dict(merge(raw, {"algorithms": ["dsgd", "d2"], "lrs": [0.5]}))
     assert {method.label: method.lrs for method in made.methods} == {"A": (0.5,), "d2": (0.5,)}
     assert from_dict(merge(raw, {"algorithms": ["dsgd"]})).methods[0].lrs == (1.0,)
+
+
+def test_published_figures_of_what_options_leave_out_are_left_out():
+    raw = {
+        **PLAIN,
+        "topologies": ["ring:4", "chain:4"],
+        "alphas": [0.1, 10],
+        "published": [
+            FIGURE,
+            FIGURE | {"alpha": 10, "value": 80},
+            FIGURE | {"topology": "chain:4", "value": 60},
+            FIGURE | {"method": "qg_dsgdm_n", "value": 75},
+            FIGURE | {"method": "only in a paper", "value": 90},
+        ],
+    }
+
+    def values(**changes):
+        return [figure.value for figure in from_dict(merge(raw, changes)).published]
+
+    assert values() == values(lrs=[0.3]) == [70, 80, 60, 75, 90]
+    assert values(alphas=[10.0]) == [80]
+    assert values(topologies=["Chain:4"]) == [60]
+    assert values(algorithms=["qg_dsgdm_n"]) == [75, 90]
+    assert values(models=["cnn"]) == [70, 80, 60, 75, 90]  # they are of any model
+    raw["published"].append(FIGURE | {"alpha": 0.3})
+    for changes in ({}, {"alphas": [10.0]}, {"topologies": ["chain:4"]}):  # a mistake of the file stays one
+        with pytest.raises(ValueError, match=r"alpha of the published figure 70 of 'dsgd' must be one of .*, got 0\.3"):
+            values(**changes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"method": [1]}, "method must be a list of tables"),
+        ({"train": 3}, "train must be a table, got 3"),
+        ({"baseline": ["dsgd"]}, "baseline must be a string"),
+    ],
+)
+def test_wrong_words_of_a_file_are_named_with_options_too(raw, message):
+    with pytest.raises(TypeError, match=message):
+        from_dict(merge({**PLAIN, **raw}, {"algorithms": ["dsgd"], "train": {"batch": 4}, "lrs": [0.1]}))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_can_be_narrowed_by_options(name):
+    whole = preset(name)
+    first = whole.topologies[0]
+    narrow = preset(name, alphas=whole.alphas[:1], topologies=[f"{first[0]}:{first[1]}"])
+    shown = [figure for figure in whole.published if figure.topology == f"{first[0]}:{first[1]}"]
+    assert list(narrow.published) == [figure for figure in shown if figure.alpha in (None, whole.alphas[0])]
 
 
 def test_a_plugin_file_brings_an_algorithm_from_outside(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -74,10 +74,11 @@ class Published:
     """A figure from a paper, shown beside one's own.
 
     Args:
-        method: label of a method of the comparison, or any other name: then it is a row without own figures.
+        method: label of a method of the comparison, or another name: then it is a row without own figures. One that
+            differs from a label only in case, spaces and hyphens is taken for a mistake.
         value: accuracy in percent, of the comparison's metric.
-        topology: as in the comparison, "ring:16".
-        alpha: the heterogeneity it belongs to; None: all.
+        topology: one of the comparison's, "ring:16".
+        alpha: the heterogeneity it belongs to, one of the comparison's; None: all.
         model: a model of the comparison; None: all.
         std: standard deviation in percent, if it was given.
         verified: False: taken from memory or from a text that could not be compared with its source.
@@ -94,6 +95,20 @@ class Published:
     verified: bool = True
     source: str = ""
     note: str = ""
+
+    def check_place(
+        self, topologies: Sequence[tuple[str, int]], alphas: Sequence[float], models: Sequence[str]
+    ) -> None:
+        """Raise ValueError unless a comparison of these has the topology, alpha and model; says which there are."""
+        check_name(f"topology of {self}", self.topology, [f"{name}:{workers}" for name, workers in topologies])
+        if self.model is not None:
+            check_name(f"model of {self}", self.model, models)
+        if self.alpha is not None and self.alpha not in alphas:
+            known = ", ".join(f"{alpha:g}" for alpha in alphas)
+            raise ValueError(f"alpha of {self} must be one of {known}, got {self.alpha:g}")
+
+    def __str__(self) -> str:
+        return f"the published figure {self.value:g} of {self.method!r}"
 
 
 @dataclass(frozen=True)
@@ -217,6 +232,8 @@ class Comparison:
         if not self.baseline:
             object.__setattr__(self, "baseline", self._default_baseline())
         check_name("baseline", self.baseline, labels)
+        for figure in self.published:
+            self._check_published(figure)
         self._check_cells()
 
     def _default_baseline(self) -> str:
@@ -239,6 +256,19 @@ class Comparison:
                 "set: validation must be > 0"
             )
         return dataclasses.replace(method, label=method.label or method.algorithm, lrs=tuple(sorted(map(float, lrs))))
+
+    def _check_published(self, figure: Published) -> None:
+        """Refuse a figure that would be shown nowhere, or not beside the method it is of."""
+        by_letters = {_letters(method.label): method.label for method in self.methods}
+        label = by_letters.get(_letters(figure.method), figure.method)
+        if label != figure.method:
+            raise ValueError(f"method of {figure} is no label of the comparison; did you mean {label!r}?")
+        if figure.alpha is not None and not self._has_alphas():
+            raise ValueError(f"alpha of {figure} must be left out: partition {self.train['partition']!r} has none")
+        figure.check_place(self.topologies, self.alphas, self.models)
+
+    def _has_alphas(self) -> bool:
+        return bool(self.train.get("partition", "dirichlet") == "dirichlet")
 
     def _check_cells(self) -> None:
         """Build what each cell needs of algorithm, topology and config, so that no mistake is found after hours."""
@@ -272,7 +302,7 @@ class Comparison:
 
     def cells(self) -> Iterator[Cell]:
         """All cells: models, topologies, alphas, methods, the last the fastest."""
-        alphas = self.alphas if self.train.get("partition", "dirichlet") == "dirichlet" else (None,)
+        alphas = self.alphas if self._has_alphas() else (None,)
         for model in self.models:
             for name, workers in self.topologies:
                 for alpha in alphas:
@@ -360,6 +390,10 @@ def _fitting(method: Method, name: str, workers: int) -> str:
                 ) from error
             return tree
     return name
+
+
+def _letters(label: str) -> str:
+    return label.casefold().translate({ord(c): None for c in " -_"})
 
 
 def _has(algorithm: str, name: str) -> bool:

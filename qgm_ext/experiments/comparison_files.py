@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -77,23 +77,51 @@ def merge(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a file with some keys replaced; tables (train, hyper) key by key.
 
     New ``algorithms`` replace all methods; what the file says of those it knows stays. New ``lrs`` replace all grids.
+    Published figures of what the file compares and the changed comparison does not are left out.
+
+    Raises:
+        TypeError, ValueError: if a value that is looked at does not fit.
     """
     merged = dict(raw)
     for key, value in changes.items():
-        merged[key] = {**raw.get(key, {}), **value} if isinstance(value, Mapping) else value
+        merged[key] = {**_table(key, raw.get(key, {})), **value} if isinstance(value, Mapping) else value
+    methods = _tables("method", raw.get("method", []))
     if "algorithms" in changes:
-        known = [method for method in raw.get("method", []) if method.get("algorithm") in changes["algorithms"]]
-        merged["method"] = known
-        named = {method["algorithm"] for method in known}
+        methods = [method for method in methods if method.get("algorithm") in changes["algorithms"]]
+        named = [method["algorithm"] for method in methods]
         merged["algorithms"] = [name for name in changes["algorithms"] if name not in named]
-        labels = {method.get("label", method["algorithm"]) for method in known} | set(merged["algorithms"])
-        if "baseline" not in changes and raw.get("baseline") not in labels:
-            merged.pop("baseline", None)
+        baseline = raw.get("baseline")
+        left = _labels({**merged, "method": methods})
+        if "baseline" not in changes and isinstance(baseline, str) and baseline not in left:
+            del merged["baseline"]
     if "lrs" in changes:
-        merged["method"] = [
-            {key: value for key, value in method.items() if key != "lrs"} for method in merged.get("method", [])
+        methods = [{key: value for key, value in method.items() if key != "lrs"} for method in methods]
+    if methods or "method" in raw:
+        merged["method"] = methods
+    if changes and "published" in raw:
+        dropped = [label for label in _labels(raw) if label not in _labels(merged)]
+        merged["published"] = [
+            table
+            for table in _tables("published", raw["published"])
+            if (figure := _published(table)).method not in dropped and _is_kept(figure, raw, merged)
         ]
     return merged
+
+
+def _labels(raw: Mapping[str, Any]) -> list[str]:
+    """The labels of all methods."""
+    tables = _tables("method", raw.get("method", []))
+    return [*_strings("algorithms", raw.get("algorithms", [])), *(t.get("label", t.get("algorithm")) for t in tables)]
+
+
+def _is_kept(figure: Published, raw: Mapping[str, Any], merged: Mapping[str, Any]) -> bool:
+    """Whether what a figure is of is left; raises ValueError if it was not there before either."""
+    try:
+        figure.check_place(**_grid(merged))
+    except ValueError:
+        figure.check_place(**_grid(raw))
+        return False
+    return True
 
 
 def from_dict(raw: Mapping[str, Any], folder: Path = Path()) -> Comparison:
@@ -114,20 +142,14 @@ def from_dict(raw: Mapping[str, Any], folder: Path = Path()) -> Comparison:
     lrs = _numbers("lrs", plain.pop("lrs", []))
     listed = [Method(algorithm=name, lrs=lrs) for name in _strings("algorithms", plain.pop("algorithms", []))]
     tables = [_method(table, lrs) for table in _tables("method", plain.pop("method", []))]
-    if "topologies" in plain:
-        plain["topologies"] = tuple(map(_topology, _strings("topologies", plain["topologies"])))
-    if "alphas" in plain:
-        plain["alphas"] = _numbers("alphas", plain["alphas"])
-    if "models" in plain:
-        plain["models"] = tuple(_strings("models", plain["models"]))
+    plain |= _grid(plain)
     if "seeds" in plain:
         plain["seeds"] = _seeds(plain["seeds"])
     for name in ("title", "description", "baseline", "lr_seeds", "choose", "metric"):
         if not isinstance(plain.get(name, ""), str):
             raise TypeError(f"{name} must be a string, got {plain[name]!r}")
     for name in ("train", "hyper"):
-        if not isinstance(plain.get(name, {}), Mapping):
-            raise TypeError(f"{name} must be a table, got {plain[name]!r}")
+        _table(name, plain.get(name, {}))
     plain["hyper"] = _hyper(plain.get("hyper", {}))
     figures = tuple(map(_published, _tables("published", plain.pop("published", []))))
     return Comparison(methods=(*listed, *tables), published=figures, plugins=tuple(plugins), **plain)
@@ -135,6 +157,16 @@ def from_dict(raw: Mapping[str, Any], folder: Path = Path()) -> Comparison:
 
 def _located(plugin: str, folder: Path) -> str:
     return str((folder / plugin).resolve()) if plugin.endswith(".py") else plugin
+
+
+def _grid(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Topologies, alphas and models, as :class:`Comparison` has them, and where nothing is said its defaults."""
+    parse: dict[str, Callable[[Any], Any]] = {
+        "topologies": lambda value: tuple(map(_topology, _strings("topologies", value))),
+        "alphas": lambda value: _numbers("alphas", value),
+        "models": lambda value: tuple(_strings("models", value)),
+    }
+    return {name: parse[name](raw[name]) if name in raw else getattr(Comparison, name) for name in parse}
 
 
 def _strings(name: str, value: Any) -> list[str]:
@@ -148,6 +180,12 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     if not good or not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):
         raise TypeError(f"{name} must be a list of numbers, got {value!r}")
     return tuple(map(float, value))
+
+
+def _table(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a table, got {value!r}")
+    return value
 
 
 def _tables(name: str, value: Any) -> list[Mapping[str, Any]]:

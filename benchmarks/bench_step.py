@@ -3,8 +3,8 @@
     pytest benchmarks/bench_step.py --benchmark-only
 
 `plain loop` is one C loop over the flat arrays that reads three and writes two of them (csrc/cpu/plain_loop.h): what
-a step without neighbours costs. `the same in tile order` visits the rows in the order of the fused step, a few cache
-lines of each row in turn, without messages or mixing: what that order costs on this machine. Every fused case
+a step without neighbours costs. `the same in tile order` visits the rows in the order of the fused step, a short
+run of each row in turn, without messages or mixing: what that order costs on this machine. Every fused case
 is compared with the reference before it is timed.
 """
 

@@ -196,7 +196,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("plain_streams", &py_plain_streams, py::arg("arrays"), py::arg("writes"), py::arg("rows"), py::arg("cols"),
         py::arg("width"),
         "For benchmarks: reads float32 [rows, cols] arrays and writes the first of them, `width` columns at a time.");
-  m.attr("tile_width") = kGossipTileWidth;
+  m.attr("tile_width") = kTileWidth;
   m.def("squared_norms", &py_squared_norms);
   m.def("sum_blocks", &py_sum_blocks);
   m.def("consensus_distance", &py_consensus_distance);

@@ -1,21 +1,21 @@
 // The fused stacked pass: n workers' local step, gossip averaging and merge in one sweep.
 //
-// The sweep goes tile by tile over the coordinates. A tile is a few cache lines of all n workers:
-//   1. local:  x, g and the state of each worker make its message, kept in a scratch tile;
-//   2. mix:    sum_j w_ij message_j for one worker, from the scratch tile;
+// The sweep goes tile by tile over the coordinates, and in a tile worker by worker:
+//   1. local:  x, g and the state of each worker make its message, kept in scratch;
+//   2. mix:    sum_j w_ij message_j for one worker, from scratch;
 //   3. merge:  the new x and state of that worker, stored in place.
-// 2 and 3 follow for a worker as soon as the messages of all its neighbours are there (merge_order).
+// 2 and 3 follow for a worker as soon as the messages of all its neighbours are there (merge_plan.h).
 // What 3 reads again (x, state) was read in 1 and is still in cache, so memory sees every number once.
 // Workers of later rows need only messages, never x, so writing in place is safe.
-// A rule's norm is summed from what 3 stores, while it is in L1; a thread's tiles are then whole blocks of coordinates.
+// A rule's norm is summed from what 3 stores, while it is in L1; a thread's share is then whole blocks of coordinates.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include "../arguments.h"
+#include "merge_plan.h"
 #include "parallel.h"
 #include "reduce.h"
 #include "rule_loops.h"
@@ -25,96 +25,78 @@
 
 namespace qgm::cpu {
 
-// A row and the last worker whose message it needs, itself at least: after that one's local step it can be merged.
-struct MergeTurn {
-  int32_t last, row;
-};
-
 struct GossipStepArguments : qgm::GossipStepArguments {
   int threads;
   Simd simd;
-  DType storage;           // of x and g; set by gossip_step
-  const MergeTurn* order;  // in which rows are merged; set by gossip_step
+  DType storage;          // of x and g; set by gossip_step
+  const MergePlan* plan;  // set by gossip_step
 };
 
-// Rows in the order in which their messages are complete: on a sparse graph a row is then merged soon after its local
-// step, while its x and state are in L1. The mean of all comes last, in one piece.
-inline std::vector<MergeTurn> merge_order(const GossipStepArguments& a) {
-  std::vector<MergeTurn> order(size_t(a.rows));
-  for (int32_t i = 0; i < a.rows; ++i) {
-    int32_t last = i;
-    if (a.mixing.form == MixingForm::kMean) {
-      last = int32_t(a.rows);
-    } else if (a.mixing.form != MixingForm::kIdentity && a.mixing.row_offsets[i + 1] > a.mixing.row_offsets[i]) {
-      last = std::max(i, a.mixing.columns[a.mixing.row_offsets[i + 1] - 1]);
-    }
-    order[size_t(i)] = {last, i};
-  }
-  std::stable_sort(order.begin(), order.end(), [](MergeTurn p, MergeTurn q) { return p.last < q.last; });
-  return order;
+// Coordinates of one loop: a constant, so the compiler drops the remainder loops.
+constexpr std::integral_constant<int64_t, 64> kChunk{};
+constexpr int64_t kChunkWidth = kChunk;
+// Coordinates of a worker in a tile. Long, because memory is fast only where it is read and written in long runs; short
+// enough that the rows which wait for messages, a few on a sparse graph, are in L1.
+constexpr int64_t kTileWidth = 512;
+static_assert(kTileWidth % kChunkWidth == 0);
+// Pieces of kWidth coordinates in the smallest share of a thread.
+template <class Rule, int64_t kWidth>
+constexpr int64_t kSmallestShare = kHasNorm<Rule> ? kReduceBlock / kWidth : 1;
+
+// Where the sweep goes after worker i of the tile at `begin`: so far ahead rows are asked for. A run in one row is too
+// short for the hardware prefetcher to learn.
+struct NextRow {
+  int64_t i, begin;
+
+  QGM_HD NextRow(int64_t rows, int64_t i_now, int64_t begin_now, int64_t tile_width)
+      : i(i_now + 1 < rows ? i_now + 1 : 0), begin(i_now + 1 < rows ? begin_now : begin_now + tile_width) {}
+};
+
+template <class T>
+QGM_HD void prefetch_run(const T* from, int64_t count) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  for (int64_t c = 0; c < count; c += kLine) __builtin_prefetch(from + c, 0, 2);
 }
 
-// Coordinates in a tile. Short, so that a row that is merged soon after its local step is still in L1, and the
-// messages of 256 workers are in L2; long enough that the set-up of a row's loops is paid back.
-constexpr int64_t kGossipTileWidth = 64;
-// Tiles in the smallest share of a thread.
-template <class Rule, int64_t kTileWidth>
-constexpr int64_t kShareTiles = kHasNorm<Rule> ? kReduceBlock / kTileWidth : 1;
-// Tiles between asking for a row and its use; more where a tile has few rows and is soon done.
-QGM_HD constexpr int64_t prefetch_tiles(int64_t rows) { return std::max<int64_t>(2, 16 / rows); }
-
-template <template <class> class RuleOf, class Compute, int64_t kTileWidth = kGossipTileWidth>
-struct GossipTile {
-  static constexpr std::integral_constant<int64_t, kTileWidth> kTile{};
+// The rows of a tile, as gossip (below) and relays (relay_step.h) go over them.
+template <template <class> class RuleOf, class Compute>
+struct TileRows {
   using Loops = RuleLoops<RuleOf, Compute>;
   using T = Compute;
   using Rule = typename Loops::Rule;
   using Row = typename Loops::Row;
   static constexpr int kStates = Rule::kStates;
-  static constexpr int kMessages = Rule::kMessages;
-  static_assert(kReduceLanes % kTileWidth == 0, "a tile lies in one row of lanes");
 
-  // A thread's scratch: messages [kMessages, rows, kTileWidth], mixed [kMessages, kTileWidth], the lanes of the rule's
-  // norm [rows, kReduceLanes] and, for 16-bit storage, x and g of the tile: of all workers if merge reads them again,
-  // else of one.
-  struct Scratch {
-    T *messages, *mixed, *lanes, *x, *g;
+  const GossipStepArguments& a;
+  T *x, *g;  // for 16-bit storage: [places, kTileWidth], or one place of what merge does not read again
 
-    QGM_HD Scratch(const GossipStepArguments& a, T* memory)
-        : messages(memory),
-          mixed(messages + kMessages * a.rows * kTileWidth),
-          lanes(mixed + kMessages * kTileWidth),
-          x(lanes + lanes_of(a.rows)),
-          g(x + (Rule::kMergeReadsX ? a.rows : 1) * kTileWidth) {}
+  QGM_HD TileRows(const GossipStepArguments& arguments, int64_t places, T* memory)
+      : a(arguments), x(memory), g(memory + (Rule::kMergeReadsX ? places : 1) * kTileWidth) {}
 
-    static QGM_HD int64_t lanes_of(int64_t rows) { return kHasNorm<Rule> ? rows * kReduceLanes : 0; }
-
-    static int64_t size(const GossipStepArguments& a, bool staged) {
-      const int64_t tiles = kMessages * (a.rows + 1);
-      return (staged ? tiles + (Rule::kMergeReadsX ? a.rows : 1) + (Rule::kMergeReadsGrad ? a.rows : 1) : tiles) *
-                 kTileWidth +
-             lanes_of(a.rows);
-    }
-  };
-
-  static QGM_HD StoredRows<T> stored(const GossipStepArguments& a) { return {a.storage, a.simd}; }
-
-  static QGM_HD char* x_at(const GossipStepArguments& a, int64_t i, int64_t begin) {
-    return stored(a).at(static_cast<char*>(a.x), i * a.x_stride + begin);
+  static int64_t size(const GossipStepArguments& a, int64_t places) {
+    if (!StoredRows<T>{a.storage, a.simd}.staged()) return 0;
+    return ((Rule::kMergeReadsX ? places : 1) + (Rule::kMergeReadsGrad ? places : 1)) * kTileWidth;
   }
 
-  static QGM_HD const char* g_at(const GossipStepArguments& a, int64_t i, int64_t begin) {
-    return stored(a).at(static_cast<const char*>(a.g), i * a.g_stride + begin);
+  QGM_HD StoredRows<T> stored() const { return {a.storage, a.simd}; }
+
+  QGM_HD char* x_at(int64_t i, int64_t begin) const {
+    return stored().at(static_cast<char*>(a.x), i * a.x_stride + begin);
   }
 
-  static QGM_HD Row row(const GossipStepArguments& a, int64_t i, int64_t begin, const Scratch& scratch) {
+  QGM_HD const char* g_at(int64_t i, int64_t begin) const {
+    return stored().at(static_cast<const char*>(a.g), i * a.g_stride + begin);
+  }
+
+  // Worker i from coordinate `begin` on. It keeps its place until it is merged.
+  QGM_HD Row row(int64_t i, int64_t begin, int64_t place) const {
     Row r;
-    if (stored(a).staged()) {
-      r.x = scratch.x + (Rule::kMergeReadsX ? i : 0) * kTileWidth;
-      r.g = scratch.g + (Rule::kMergeReadsGrad ? i : 0) * kTileWidth;
+    if (stored().staged()) {
+      r.x = x + (Rule::kMergeReadsX ? place : 0) * kTileWidth;
+      r.g = g + (Rule::kMergeReadsGrad ? place : 0) * kTileWidth;
     } else {
-      r.x = reinterpret_cast<T*>(x_at(a, i, begin));
-      r.g = reinterpret_cast<const T*>(g_at(a, i, begin));
+      r.x = reinterpret_cast<T*>(x_at(i, begin));
+      r.g = reinterpret_cast<const T*>(g_at(i, begin));
     }
     for (int k = 0; k < kStates; ++k) {
       r.state[k] = static_cast<T*>(a.state[k]) + i * a.state_stride + begin;
@@ -122,34 +104,66 @@ struct GossipTile {
     return r;
   }
 
-  // Asks for a tile ahead of its use. The rows of a tile are too short for the hardware prefetcher to
-  // learn (a single row is one long stream, and needs no help); into L2, because the tiles in between would push it out
-  // of L1.
-  static QGM_HD void prefetch(const GossipStepArguments& a, int64_t begin, int64_t i) {
-    const int64_t length = std::min(kTileWidth, a.cols - begin);
-    constexpr int64_t kLine = 64;
-    const char *x = x_at(a, i, begin), *g = g_at(a, i, begin);
-    for (int64_t byte = 0; byte < length * stored(a).bytes(); byte += kLine) {
-      __builtin_prefetch(x + byte, 0, 2);
-      __builtin_prefetch(g + byte, 0, 2);
-    }
-    for (int k = 0; k < kStates; ++k) {
-      const T* state = static_cast<const T*>(a.state[k]) + i * a.state_stride + begin;
-      for (int64_t c = 0; c < length; c += kLine / int64_t(sizeof(T))) {
-        __builtin_prefetch(state + c, 0, 2);
-      }
-    }
+  QGM_HD void load(const Row& r, int64_t i, int64_t begin, int64_t length) const {
+    if (!stored().staged()) return;
+    stored().load(x_at(i, begin), length, r.x);
+    stored().load(g_at(i, begin), length, const_cast<T*>(r.g));
   }
 
-  // Mixes the messages of the tile for worker i and merges them into its row.
-  template <class Length>
-  static QGM_HD void mix_and_merge(const GossipStepArguments& a, const Rule& rule, int64_t i, const Row& r,
-                                   Length length, const T* messages, T* mixed) {
-    const int64_t plane = a.rows * kTileWidth;  // from message k to message k + 1
+  QGM_HD void store(const Row& r, int64_t i, int64_t begin, int64_t length) const {
+    if (stored().staged()) stored().store(r.x, length, x_at(i, begin));
+  }
+
+  // Asks for a chunk of a row.
+  QGM_HD void prefetch(int64_t i, int64_t begin) const {
+    const int64_t length = std::min(kChunkWidth, a.cols - begin);
+    prefetch_run(x_at(i, begin), length * stored().bytes());
+    prefetch_run(g_at(i, begin), length * stored().bytes());
+    for (int k = 0; k < kStates; ++k) {
+      prefetch_run(static_cast<const T*>(a.state[k]) + i * a.state_stride + begin, length);
+    }
+  }
+};
+
+template <template <class> class RuleOf, class Compute>
+struct GossipTile {
+  using Rows = TileRows<RuleOf, Compute>;
+  using Loops = typename Rows::Loops;
+  using T = Compute;
+  using Rule = typename Rows::Rule;
+  using Row = typename Rows::Row;
+  static constexpr int kMessages = Rule::kMessages;
+  static_assert(kReduceLanes % kChunkWidth == 0 && kReduceBlock % kTileWidth == 0, "a chunk lies in one row of lanes");
+
+  // A thread's scratch: messages [kMessages, places, kTileWidth], mixed [kMessages, kTileWidth], the lanes of the
+  // rule's norm [rows, kReduceLanes], and what TileRows keeps.
+  struct Scratch {
+    T *messages, *mixed, *lanes, *rows;
+
+    QGM_HD Scratch(const GossipStepArguments& a, T* memory)
+        : messages(memory),
+          mixed(messages + kMessages * a.plan->places * kTileWidth),
+          lanes(mixed + kMessages * kTileWidth),
+          rows(lanes + lanes_of(a.rows)) {}
+
+    static QGM_HD int64_t lanes_of(int64_t rows) { return kHasNorm<Rule> ? rows * kReduceLanes : 0; }
+
+    static int64_t size(const GossipStepArguments& a) {
+      return kMessages * (a.plan->places + 1) * kTileWidth + lanes_of(a.rows) + Rows::size(a, a.plan->places);
+    }
+  };
+
+  // Mixes `chunk` coordinates of the messages for worker i and merges them into its row. The pointers are at the first
+  // of these coordinates; messages of two places are kTileWidth apart.
+  template <class Chunk>
+  static QGM_HD void mix_and_merge(const GossipStepArguments& a, const Rule& rule, int64_t i, const Row& r, Chunk chunk,
+                                   const T* messages, T* mixed) {
+    const int64_t plane = a.plan->places * kTileWidth;  // from message k to message k + 1
+    const int32_t* const place = a.plan->place.data();
     const T* source = mixed;
     int64_t step = kTileWidth;
     if (a.mixing.form == MixingForm::kIdentity) {
-      source = messages + i * kTileWidth;
+      source = messages + place[i] * kTileWidth;
       step = plane;
     } else if (a.mixing.form != MixingForm::kMean) {
       const int64_t start = a.mixing.row_offsets[i];
@@ -157,86 +171,96 @@ struct GossipTile {
       const int32_t* columns = a.mixing.columns + start;
       const T* w = static_cast<const T*>(a.mixing.weights) + start;
       if (count == 3) {  // a ring: the sum stays in registers
-        const T *m0 = messages + columns[0] * kTileWidth, *m1 = messages + columns[1] * kTileWidth,
-                *m2 = messages + columns[2] * kTileWidth;
+        const T *m0 = messages + place[columns[0]] * kTileWidth, *m1 = messages + place[columns[1]] * kTileWidth,
+                *m2 = messages + place[columns[2]] * kTileWidth;
         const T w0 = w[0], w1 = w[1], w2 = w[2];
-        return Loops::merge(rule, r, length, [=](int k, int64_t c) {
+        return Loops::merge(rule, r, chunk, [=](int k, int64_t c) {
           const int64_t q = k * plane + c;
           return w0 * m0[q] + w1 * m1[q] + w2 * m2[q];
         });
       }
       for (int k = 0; k < kMessages; ++k) {
         const T* const of_all = messages + k * plane;
-        weighted_sum([=](int64_t q) { return of_all + columns[q] * kTileWidth; }, w, count, kTile,
+        weighted_sum([=](int64_t q) { return of_all + place[columns[q]] * kTileWidth; }, w, count, chunk,
                      mixed + k * kTileWidth);
       }
     }
-    Loops::merge(rule, r, length, [=](int k, int64_t c) { return source[k * step + c]; });
+    Loops::merge(rule, r, chunk, [=](int k, int64_t c) { return source[k * step + c]; });
   }
 
-  template <class Length>
-  static QGM_HD void tile(const GossipStepArguments& a, const Rule& rule, int64_t begin, Length length, T* memory) {
+  // Coordinates [begin, begin + length) of all workers; `chunk` divides length.
+  template <class Chunk>
+  static QGM_HD void tile(const GossipStepArguments& a, const Rule& rule, int64_t begin, int64_t length, Chunk chunk,
+                          T* memory) {
+    const MergePlan& plan = *a.plan;
     const Scratch scratch(a, memory);
-    const StoredRows<T> rows = stored(a);
+    const Rows rows(a, plan.places, scratch.rows);
     const BlockSums<T> sums{scratch.lanes, a.block_sums, a.rows, a.cols};
-    int64_t due = 0;
+    const int64_t plane = plan.places * kTileWidth;
+    auto due = plan.turns.begin();
     for (int64_t i = 0; i <= a.rows; ++i) {
       if (i < a.rows) {
-        if (a.rows > 1) prefetch(a, begin + prefetch_tiles(a.rows) * kTileWidth, i);
-        const Row r = row(a, i, begin, scratch);
-        if (rows.staged()) {
-          rows.load(x_at(a, i, begin), length, r.x);
-          rows.load(g_at(a, i, begin), length, const_cast<T*>(r.g));
+        const Row r = rows.row(i, begin, plan.place[size_t(i)]);
+        const Rule own = for_row(rule, static_cast<const T*>(a.row_scalars), i);
+        const NextRow next(a.rows, i, begin, kTileWidth);
+        T* const message = scratch.messages + plan.place[size_t(i)] * kTileWidth;
+        rows.load(r, i, begin, length);
+        for (int64_t c = 0; c < length; c += chunk) {
+          rows.prefetch(next.i, next.begin + c);
+          Values<T*, kMessages> out;
+          for (int k = 0; k < kMessages; ++k) out[k] = message + k * plane + c;
+          Loops::local(own, r.from(c), chunk, out);
         }
-        Values<T*, kMessages> out;
-        for (int k = 0; k < kMessages; ++k) out[k] = scratch.messages + (k * a.rows + i) * kTileWidth;
-        Loops::local(for_row(rule, static_cast<const T*>(a.row_scalars), i), r, length, out);
       } else if (a.mixing.form == MixingForm::kMean) {
-        for (int k = 0; k < kMessages; ++k) {
-          const T* const of_all = scratch.messages + k * a.rows * kTileWidth;
-          mean([=](int64_t q) { return of_all + q * kTileWidth; }, a.rows, kTile, scratch.mixed + k * kTileWidth);
+        for (int64_t c = 0; c < length; c += chunk) {
+          for (int k = 0; k < kMessages; ++k) {
+            const T* const of_all = scratch.messages + k * plane + c;
+            mean([=](int64_t q) { return of_all + q * kTileWidth; }, a.rows, chunk, scratch.mixed + k * kTileWidth + c);
+          }
         }
       }
-      for (; due < a.rows && a.order[due].last <= i; ++due) {
-        const int64_t ready = a.order[due].row;
-        const Row r = row(a, ready, begin, scratch);
-        mix_and_merge(a, for_row(rule, static_cast<const T*>(a.row_scalars), ready), ready, r, length, scratch.messages,
-                      scratch.mixed);
-        if constexpr (kHasNorm<Rule>) sums.add(ready, begin, r.state[kNormState<Rule>], length);
-        if (rows.staged()) rows.store(r.x, length, x_at(a, ready, begin));
+      for (; due != plan.turns.end() && due->after <= i; ++due) {
+        const int64_t ready = due->row;
+        const Row r = rows.row(ready, begin, plan.place[size_t(ready)]);
+        const Rule own = for_row(rule, static_cast<const T*>(a.row_scalars), ready);
+        for (int64_t c = 0; c < length; c += chunk) {
+          mix_and_merge(a, own, ready, r.from(c), chunk, scratch.messages + c, scratch.mixed + c);
+          if constexpr (kHasNorm<Rule>) sums.add(ready, begin + c, r.state[kNormState<Rule>] + c, chunk);
+        }
+        rows.store(r, ready, begin, length);
       }
     }
     if constexpr (kHasNorm<Rule>) sums.close(begin + length);
   }
 
-  // Whole tiles [first, last) of the sweep.
+  // Coordinates [first, last), whole chunks.
   static QGM_HD void run(const GossipStepArguments& a, int64_t first, int64_t last, T* scratch) {
     const Rule rule(a.hyper);
-    for (int64_t t = first; t < last; ++t) tile(a, rule, t * kTileWidth, kTile, scratch);
+    for (int64_t begin = first; begin < last; begin += kTileWidth) {
+      tile(a, rule, begin, std::min(kTileWidth, last - begin), kChunk, scratch);
+    }
   }
 
-  // The short tile at the end of the rows: once a call, so one version for all SIMD levels is enough.
+  // The short chunk at the end of the rows: once a call, so one version for all SIMD levels is enough.
   __attribute__((noinline)) static void run_rest(const GossipStepArguments& a, int64_t begin, T* scratch) {
-    tile(a, Rule(a.hyper), begin, a.cols - begin, scratch);
+    tile(a, Rule(a.hyper), begin, a.cols - begin, a.cols - begin, scratch);
   }
 };
 
 template <template <class> class RuleOf, class Compute>
 void gossip_tiles(const GossipStepArguments& a) {
   using Tile = GossipTile<RuleOf, Compute>;
-  const int64_t whole = a.cols / kGossipTileWidth, tiles = (a.cols + kGossipTileWidth - 1) / kGossipTileWidth;
-  constexpr int64_t kShare = kShareTiles<typename Tile::Rule, kGossipTileWidth>;
-  const int64_t shares = (tiles + kShare - 1) / kShare;
+  constexpr int64_t kShare = kSmallestShare<typename Tile::Rule, kChunkWidth> * kChunkWidth;
+  const int64_t whole = a.cols / kChunkWidth * kChunkWidth, shares = (a.cols + kShare - 1) / kShare;
   const int threads = threads_for(a.rows * a.cols, shares, a.threads);
-  // Zeroed, because the mixing loops run over whole tiles, the unused end of the last one included.
-  const int64_t per_thread = Tile::Scratch::size(a, Tile::stored(a).staged());
+  const int64_t per_thread = Tile::Scratch::size(a);
   const ScratchBuffer<Compute> scratch(threads * per_thread);
   parallel_for(shares, threads, [&](int thread, int64_t first, int64_t last) {
     Compute* const mine = scratch.data() + thread * per_thread;
-    const int64_t end = std::min(last * kShare, tiles);
+    const int64_t end = std::min(last * kShare, a.cols);
     SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first * kShare,
                                                                                   std::min(end, whole), mine);
-    if (end > whole) Tile::run_rest(a, whole * kGossipTileWidth, mine);
+    if (end > whole) Tile::run_rest(a, whole, mine);
   });
 }
 
@@ -244,8 +268,8 @@ template <template <class> class RuleOf, class Storage>
 void gossip_step(const GossipStepArguments& a) {
   GossipStepArguments typed = a;
   typed.storage = kDTypeOf<Storage>;
-  const std::vector<MergeTurn> order = merge_order(a);
-  typed.order = order.data();
+  const MergePlan plan(a.mixing, a.rows);
+  typed.plan = &plan;
   gossip_tiles<RuleOf, Compute<Storage>>(typed);
 }
 

@@ -143,7 +143,7 @@ template <template <class> class RuleOf, class Compute>
 void merge_tiles(const MergeArguments& a) {
   using Body = MergeBody<RuleOf, Compute>;
   const int64_t whole = a.size / kProcessTileWidth, tiles = (a.size + kProcessTileWidth - 1) / kProcessTileWidth;
-  constexpr int64_t kShare = kShareTiles<typename Body::Rule, kProcessTileWidth>;
+  constexpr int64_t kShare = kSmallestShare<typename Body::Rule, kProcessTileWidth>;
   const int64_t shares = (tiles + kShare - 1) / kShare;
   const int threads = threads_for(a.size, shares, a.threads);
   const int64_t per_thread = Body::kWeightsAt + a.terms;

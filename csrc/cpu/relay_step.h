@@ -4,8 +4,8 @@
 //   m_new(s -> i) = h_s + sum of m(l -> s) over the neighbours l of s but i      (m of the last step)
 //   mixed_i = (count_i h_i + sum_s m_new(s -> i)) / n
 // h_s is the message of the rule's local(); merge() takes mixed_i. Coordinate c belongs to tree c mod K.
-// As in gossip_step.h the sweep goes tile by tile: local, relay, merge; the new messages of a tile are
-// kept in scratch until all of them are made, because each needs old ones.
+// As in gossip_step.h the sweep goes tile by tile, first the local steps of all workers; then, chunk by chunk, relay
+// and merge. The new messages of a chunk are kept in scratch until all of them are made, because each needs old ones.
 //
 // Source: Vogels et al., "RelaySum for Decentralized Deep Learning" (NeurIPS 2021, arXiv 2110.04175).
 #pragma once
@@ -19,31 +19,45 @@ struct RelayStepArguments : GossipStepArguments, RelayArguments {
   int64_t edges() const { return 2 * (rows - 1); }
 };
 
-// Though all rows wait for all messages here, and each edge has a loop of its own: wider tiles gain on stars only.
-constexpr int64_t kRelayTileWidth = kGossipTileWidth;
+// Coordinates in a tile: as all rows wait for all messages here, what they hold must stay in L2.
+inline int64_t relay_tile_width(int64_t rows) {
+  constexpr int64_t kInCache = int64_t(1) << 14;  // coordinates of x, g, state and messages together
+  return std::clamp(kInCache / rows / kChunkWidth * kChunkWidth, kChunkWidth, kTileWidth);
+}
 
 template <template <class> class RuleOf, class Compute>
 struct RelayTile {
-  using Tile = GossipTile<RuleOf, Compute, kRelayTileWidth>;
-  using Loops = typename Tile::Loops;
+  using Rows = TileRows<RuleOf, Compute>;
+  using Loops = typename Rows::Loops;
   using T = Compute;
-  using Rule = typename Loops::Rule;
+  using Rule = typename Rows::Rule;
   static_assert(Rule::kMessages == 1 && !kHasNorm<Rule>, "a relay carries one message and gives no norm");
 
-  // Scratch of the gossip tile (its messages are h), then the new messages [edges, kRelayTileWidth].
-  static int64_t scratch_size(const RelayStepArguments& a, bool staged) {
-    return Tile::Scratch::size(a, staged) + a.edges() * kRelayTileWidth;
-  }
+  // A thread's scratch: h [rows, kTileWidth], the new messages [edges, kChunkWidth], mixed [rows, kChunkWidth], and
+  // what TileRows keeps.
+  struct Scratch {
+    T *h, *fresh, *mixed, *rows;
+
+    QGM_HD Scratch(const RelayStepArguments& a, T* memory)
+        : h(memory),
+          fresh(h + a.rows * kTileWidth),
+          mixed(fresh + a.edges() * kChunkWidth),
+          rows(mixed + a.rows * kChunkWidth) {}
+
+    static int64_t size(const RelayStepArguments& a) {
+      return a.rows * kTileWidth + (a.edges() + a.rows) * kChunkWidth + Rows::size(a, a.rows);
+    }
+  };
 
   static QGM_HD T* message_at(const RelayStepArguments& a, int64_t e, int64_t begin) {
     return static_cast<T*>(a.message) + e * a.message_stride + begin;
   }
 
-  static QGM_HD void prefetch_message(const RelayStepArguments& a, int64_t e, int64_t begin) {
-    const T* const message = message_at(a, e, begin);
-    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-    for (int64_t c = 0; c < std::min(kRelayTileWidth, a.cols - begin); c += kLine)
-      __builtin_prefetch(message + c, 1, 2);
+  // Asks for a chunk of the messages of two edges: there are twice as many edges as rows.
+  static QGM_HD void prefetch_messages(const RelayStepArguments& a, int64_t i, int64_t begin) {
+    for (int64_t e = i; e < a.edges(); e += a.rows) {
+      prefetch_run(message_at(a, e, begin), std::min(kChunkWidth, a.cols - begin));
+    }
   }
 
   // out[c] = value(c) for the coordinates of tree k; whole vectors are made also where trees take turns, and of them
@@ -58,30 +72,31 @@ struct RelayTile {
     }
   }
 
-  template <bool kOneTree, class Length>
-  static QGM_HD void relay(const RelayStepArguments& a, int32_t k, const int32_t* tree, int64_t begin, Length length,
+  // `chunk` coordinates from `begin` on, of which h is at the first; tree[c] is that of coordinate begin + c.
+  template <bool kOneTree, class Chunk>
+  static QGM_HD void relay(const RelayStepArguments& a, int32_t k, const int32_t* tree, int64_t begin, Chunk chunk,
                            const T* h, T* fresh, T* mixed) {
     const int32_t* const offsets = a.offsets + k * (a.rows + 1);
     const int32_t* const senders = a.senders + k * a.edges();
     const int32_t* const reverse = a.reverse + k * a.edges();
     for (int64_t i = 0; i < a.rows; ++i) {
       const T count = static_cast<const T*>(a.counts)[k * a.rows + i];
-      const T* const own = h + i * kRelayTileWidth;
-      T* const total = mixed + i * kRelayTileWidth;
-      keep<kOneTree>(tree, k, length, total, [=](int64_t c) { return count * own[c]; });
+      const T* const own = h + i * kTileWidth;
+      T* const total = mixed + i * kChunkWidth;
+      keep<kOneTree>(tree, k, chunk, total, [=](int64_t c) { return count * own[c]; });
       for (int64_t e = offsets[i]; e < offsets[i + 1]; ++e) {
         const int64_t s = senders[e];
-        T* const sum = fresh + e * kRelayTileWidth;
-        const T *so_far = h + s * kRelayTileWidth, *last = nullptr;
+        T* const sum = fresh + e * kChunkWidth;
+        const T *so_far = h + s * kTileWidth, *last = nullptr;
         for (int64_t f = offsets[s]; f < offsets[s + 1]; ++f) {
           if (f == reverse[e]) continue;
           if (last != nullptr) {
-            keep<kOneTree>(tree, k, length, sum, [=](int64_t c) { return so_far[c] + last[c]; });
+            keep<kOneTree>(tree, k, chunk, sum, [=](int64_t c) { return so_far[c] + last[c]; });
             so_far = sum;
           }
           last = message_at(a, f, begin);
         }
-        const int64_t width = length;
+        const int64_t width = chunk;
         QGM_INDEPENDENT_ITERATIONS
         for (int64_t c = 0; c < width; ++c) {
           const bool mine = kOneTree || tree[c] == k;
@@ -93,59 +108,62 @@ struct RelayTile {
     }
   }
 
-  template <class Length>
-  static QGM_HD void tile(const RelayStepArguments& a, const Rule& rule, int64_t begin, Length length, T* memory,
-                          T* mixed) {
-    const typename Tile::Scratch scratch(a, memory);
-    T* const fresh = memory + Tile::Scratch::size(a, Tile::stored(a).staged());
-    const StoredRows<T> rows = Tile::stored(a);
-    const int64_t ahead = begin + prefetch_tiles(a.rows) * kRelayTileWidth;
-    for (int64_t e = 0; e < a.edges(); ++e) prefetch_message(a, e, ahead);
+  template <class Chunk>
+  static QGM_HD void relay_trees(const RelayStepArguments& a, int64_t begin, Chunk chunk, const T* h, T* fresh,
+                                 T* mixed) {
+    if (a.trees == 1) return relay<true>(a, 0, nullptr, begin, chunk, h, fresh, mixed);
+    int32_t tree[kChunkWidth];
+    int32_t next = int32_t(begin % a.trees);
+    for (int32_t& k : tree) {
+      k = next;
+      next = next + 1 < a.trees ? next + 1 : 0;
+    }
+    for (int32_t k = 0; k < a.trees; ++k) relay<false>(a, k, tree, begin, chunk, h, fresh, mixed);
+  }
+
+  // Coordinates [begin, begin + length); `chunk` divides length.
+  template <class Chunk>
+  static QGM_HD void tile(const RelayStepArguments& a, const Rule& rule, int64_t begin, int64_t length, Chunk chunk,
+                          T* memory) {
+    const Scratch scratch(a, memory);
+    const Rows rows(a, a.rows, scratch.rows);
     for (int64_t i = 0; i < a.rows; ++i) {
-      Tile::prefetch(a, ahead, i);
-      const auto r = Tile::row(a, i, begin, scratch);
-      if (rows.staged()) {
-        rows.load(Tile::x_at(a, i, begin), length, r.x);
-        rows.load(Tile::g_at(a, i, begin), length, const_cast<T*>(r.g));
+      const auto r = rows.row(i, begin, i);
+      const NextRow next(a.rows, i, begin, length);
+      rows.load(r, i, begin, length);
+      for (int64_t c = 0; c < length; c += chunk) {
+        prefetch_messages(a, i, begin + c);
+        rows.prefetch(next.i, next.begin + c);
+        Loops::local(rule, r.from(c), chunk, Values<T*, 1>{{scratch.h + i * kTileWidth + c}});
       }
-      Values<T*, 1> out{{scratch.messages + i * kRelayTileWidth}};
-      Loops::local(rule, r, length, out);
-    }
-    if (a.trees == 1) {
-      relay<true>(a, 0, nullptr, begin, length, scratch.messages, fresh, mixed);
-    } else {
-      int32_t tree[kRelayTileWidth];
-      int32_t next = int32_t(begin % a.trees);
-      for (int32_t& k : tree) {
-        k = next;
-        next = next + 1 < a.trees ? next + 1 : 0;
-      }
-      for (int32_t k = 0; k < a.trees; ++k) {
-        relay<false>(a, k, tree, begin, length, scratch.messages, fresh, mixed);
-      }
-    }
-    for (int64_t e = 0; e < a.edges(); ++e) {
-      std::copy(fresh + e * kRelayTileWidth, fresh + e * kRelayTileWidth + length, message_at(a, e, begin));
     }
     const T share = T(1) / T(a.rows);
-    for (int64_t i = 0; i < a.rows; ++i) {
-      const auto r = Tile::row(a, i, begin, scratch);
-      const T* const total = mixed + i * kRelayTileWidth;
-      Loops::merge(rule, r, length, [=](int, int64_t c) { return total[c] * share; });
-      if (rows.staged()) rows.store(r.x, length, Tile::x_at(a, i, begin));
+    for (int64_t c = 0; c < length; c += chunk) {
+      relay_trees(a, begin + c, chunk, scratch.h + c, scratch.fresh, scratch.mixed);
+      for (int64_t e = 0; e < a.edges(); ++e) {
+        std::copy_n(scratch.fresh + e * kChunkWidth, int64_t(chunk), message_at(a, e, begin + c));
+      }
+      for (int64_t i = 0; i < a.rows; ++i) {
+        const T* const total = scratch.mixed + i * kChunkWidth;
+        const auto r = rows.row(i, begin, i).from(c);
+        Loops::merge(rule, r, chunk, [=](int, int64_t l) { return total[l] * share; });
+        rows.store(r, i, begin + c, chunk);
+      }
     }
   }
 
-  static QGM_HD void run(const RelayStepArguments& a, int64_t first, int64_t last, T* scratch, T* mixed) {
+  // Coordinates [first, last), whole chunks.
+  static QGM_HD void run(const RelayStepArguments& a, int64_t first, int64_t last, T* scratch) {
     const Rule rule(a.hyper);
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t begin = t * kRelayTileWidth;
-      if (begin + kRelayTileWidth <= a.cols) {
-        tile(a, rule, begin, Tile::kTile, scratch, mixed);
-      } else {
-        tile(a, rule, begin, a.cols - begin, scratch, mixed);
-      }
+    const int64_t width = relay_tile_width(a.rows);
+    for (int64_t begin = first; begin < last; begin += width) {
+      tile(a, rule, begin, std::min(width, last - begin), kChunk, scratch);
     }
+  }
+
+  // The short chunk at the end of the rows: once a call, so one version for all SIMD levels is enough.
+  __attribute__((noinline)) static void run_rest(const RelayStepArguments& a, int64_t begin, T* scratch) {
+    tile(a, Rule(a.hyper), begin, a.cols - begin, a.cols - begin, scratch);
   }
 };
 
@@ -155,15 +173,16 @@ void relay_step(const RelayStepArguments& a) {
   using Tile = RelayTile<RuleOf, T>;
   RelayStepArguments typed = a;
   typed.storage = kDTypeOf<Storage>;
-  const int64_t tiles = (a.cols + kRelayTileWidth - 1) / kRelayTileWidth;
-  const int threads = threads_for(a.rows * a.cols, tiles, a.threads);
-  const int64_t own = Tile::scratch_size(typed, Tile::Tile::stored(typed).staged());
-  const int64_t per_thread = own + a.rows * kRelayTileWidth;
+  const int64_t whole = a.cols / kChunkWidth * kChunkWidth, chunks = (a.cols + kChunkWidth - 1) / kChunkWidth;
+  const int threads = threads_for(a.rows * a.cols, chunks, a.threads);
+  const int64_t per_thread = Tile::Scratch::size(typed);
   const ScratchBuffer<T> scratch(threads * per_thread);
-  parallel_for(tiles, threads, [&](int thread, int64_t first, int64_t last) {
+  parallel_for(chunks, threads, [&](int thread, int64_t first, int64_t last) {
     T* const mine = scratch.data() + thread * per_thread;
-    SimdLevels<Tile, const RelayStepArguments&, int64_t, int64_t, T*, T*>::run(a.simd, typed, first, last, mine,
-                                                                               mine + own);
+    const int64_t end = std::min(last * kChunkWidth, a.cols);
+    SimdLevels<Tile, const RelayStepArguments&, int64_t, int64_t, T*>::run(a.simd, typed, first * kChunkWidth,
+                                                                           std::min(end, whole), mine);
+    if (end > whole) Tile::run_rest(typed, whole, mine);
   });
 }
 

@@ -20,9 +20,16 @@ struct RuleLoops {
     T* x;
     const T* g;
     Values<T*, kStates> state;
+
+    // The same row from coordinate c on.
+    QGM_HD Row from(int64_t c) const {
+      Row r{x + c, g + c, state};
+      for (int k = 0; k < kStates; ++k) r.state[k] += c;
+      return r;
+    }
   };
 
-  // `length` is an integral constant for a whole tile: the compiler then drops the remainder loops.
+  // `length` is an integral constant where it can be: the compiler then drops the remainder loops.
   template <class Length>
   static QGM_HD void local(const Rule& rule, const Row& r, Length length, const Values<T*, kMessages>& out) {
     const int64_t count = length;

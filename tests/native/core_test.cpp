@@ -3,6 +3,7 @@
 // The fused pass and the split pair must give the same bits, guard values around every row must
 // survive, and AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer must stay silent.
 // The test harness puts the registration of all rules in front of this file.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -202,6 +203,49 @@ void run(const RuleEntry& rule, int dtype, int64_t n, int64_t dim, MixingForm fo
         dim);
 }
 
+// No message loses its place before the last row that needs it is merged, every row is merged once, and places are few
+// where few messages are waited for.
+void check_plan(const std::vector<std::vector<int32_t>>& neighbours, MixingForm form, int64_t places) {
+  const int64_t n = int64_t(neighbours.size());
+  std::vector<int32_t> offsets{0}, columns;
+  for (const auto& row : neighbours) {
+    columns.insert(columns.end(), row.begin(), row.end());
+    offsets.push_back(int32_t(columns.size()));
+  }
+  const MergePlan plan({form, offsets.data(), columns.data(), nullptr, int64_t(columns.size())}, n);
+  std::vector<int64_t> owner(size_t(plan.places), -1), merged(size_t(n), 0);
+  bool good = plan.places == places && int64_t(plan.turns.size()) == n;
+  auto due = plan.turns.begin();
+  for (int64_t i = 0; i <= n; ++i) {
+    if (i < n) owner[size_t(plan.place[size_t(i)])] = i;
+    for (; due != plan.turns.end() && due->after <= i; ++due) {
+      const auto there = [&](int64_t j) { return owner[size_t(plan.place[size_t(j)])] == j; };
+      good = good && there(due->row) && ++merged[size_t(due->row)] == 1;
+      for (int64_t j = 0; j < n && form == MixingForm::kMean; ++j) good = good && there(j);
+      for (const int32_t j : neighbours[size_t(due->row)]) good = good && there(j);
+    }
+  }
+  if (good && due == plan.turns.end()) return;
+  std::printf("FAILED: plan of %ld rows with %d places, %ld expected\n", long(n), plan.places, long(places));
+  ++g_failures;
+}
+
+void check_plans() {
+  std::vector<std::vector<int32_t>> ring, star, shift, alone(5);
+  for (int32_t i = 0; i < 1000; ++i) {
+    ring.push_back({i, (i + 1) % 1000, (i + 999) % 1000});
+    std::sort(ring.back().begin(), ring.back().end());
+    star.push_back(i == 500 ? std::vector<int32_t>{} : std::vector<int32_t>{i, 500});
+    shift.push_back({(i + 7) % 1000});  // no row needs its own message
+  }
+  for (int32_t i = 0; i < 1000; ++i) star[500].push_back(i);
+  check_plan(ring, MixingForm::kSparse, 5);     // 0 and 1 wait for the last, three are passed through
+  check_plan(star, MixingForm::kSparse, 1000);  // the hub waits for all
+  check_plan(shift, MixingForm::kSparse, 15);   // 0 to 6 wait for their readers at the end, eight are passed through
+  check_plan(alone, MixingForm::kIdentity, 1);
+  check_plan(alone, MixingForm::kMean, 5);
+}
+
 void run_all(int64_t n, int64_t dim, MixingForm form, int threads) {
   for (const RuleEntry& rule : registry()) {
     run<float>(rule, 0, n, dim, form, threads);
@@ -215,12 +259,13 @@ void run_all(int64_t n, int64_t dim, MixingForm form, int threads) {
 
 int main() {
   qgm::cpu::g_elements_per_thread = 512;  // threads from a few tiles on
+  check_plans();
   const MixingForm forms[] = {MixingForm::kIdentity, MixingForm::kMean, MixingForm::kSparse};
   for (const MixingForm form : forms) {
     for (const int64_t n : {1, 2, 3, 6}) {
-      for (const int64_t dim : {1, 15, 127, 128, 129, 300}) run_all(n, dim, form, 1);
+      for (const int64_t dim : {1, 63, 64, 65, 300, 577}) run_all(n, dim, form, 1);
     }
-    run_all(3, 4 * 128 * 5 + 77, form, 4);      // several tiles for each of four threads
+    run_all(3, 4 * kTileWidth + 205, form, 4);  // more than a tile for each of four threads
     for (const RuleEntry& rule : registry()) {  // and several blocks
       if (rule.norm_state >= 0) run<float>(rule, 0, 3, 5 * kReduceBlock + 77, form, 4);
     }

@@ -90,6 +90,42 @@ def test_cnn_has_the_layers_asked_for() -> None:
     assert model[-1].in_features == 10 * 3 * 3
 
 
+@pytest.mark.parametrize("name", ["cnn", "lenet"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_convolutions_are_those_of_the_textbook_order_in_any_memory_format(name: str, channels: int) -> None:
+    torch.manual_seed(0)
+    model = models.get(name, (channels, 21, 18), 10).double()
+    layers = list(model)
+    for k in range(len(layers) - 1):  # the textbook's order: ReLU, then the maximum
+        if isinstance(layers[k], nn.MaxPool2d) and isinstance(layers[k + 1], nn.ReLU):
+            layers[k], layers[k + 1] = layers[k + 1], layers[k]
+    assert [type(layer) for layer in layers] != [type(layer) for layer in model]
+    textbook = nn.Sequential(*layers)
+    x = torch.randn(4, channels, 21, 18, dtype=torch.float64)
+    x[:2, :, 3:] = 0.5  # plain areas, where all values of a window are equal
+    results = []
+    for network in (textbook, model):
+        given = x.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(network(given), torch.arange(4))
+        results.append([loss, *torch.autograd.grad(loss, [given, *network.parameters()])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["cnn", "lenet"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_feature_maps_lie_channels_last_on_the_cpu(name: str, channels: int) -> None:
+    model = models.get(name, (channels, 21, 18), 10)
+    maps = []
+    for layer in model:
+        layer.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
+    model(torch.randn(4, channels, 21, 18))
+    maps = [output for output in maps if output.dim() == 4]
+    assert len(maps) >= 6
+    assert all(output.is_contiguous(memory_format=torch.channels_last) for output in maps)
+    assert not any(output.is_contiguous() for output in maps)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "options", "error", "message"),
     [

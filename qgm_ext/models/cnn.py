@@ -2,13 +2,18 @@
 
 Group rather than batch normalisation: batch statistics of heterogeneous workers disagree, and running averages are
 buffers that torch.func can't map over. Not a copy of the paper's networks (ResNet-20, VGG-11).
+
+Two things make a step on a CPU shorter, for whoever trains these networks. The maximum comes before the ReLU, which
+gives the same bits, gradients included, and leaves the ReLU a quarter of the elements. And feature maps lie with the
+channels last, which oneDNN's convolutions want, and in which torch's maximum is vectorised; along rows of an image it
+decides element by element, and took 40% of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._checks import check_sizes
 from .features import declare_feature_layer
@@ -19,7 +24,7 @@ def cnn(
 ) -> nn.Sequential:
     """Build a small CNN, input [B, C, H, W], output logits [B, num_classes].
 
-    For each entry of ``channels``: convolution 3x3, group norm, ReLU, maximum over 2x2. Then one linear layer.
+    For each entry of ``channels``: convolution 3x3, group norm, maximum over 2x2, ReLU. Then one linear layer.
     Initialised by torch's defaults, so ``torch.manual_seed`` before the call fixes the weights.
 
     Args:
@@ -46,16 +51,16 @@ def cnn(
     for out in channels:
         if out % groups:
             raise ValueError(f"groups={groups} must divide every entry of channels, got {tuple(channels)}")
-        layers += [nn.Conv2d(previous, out, 3, padding=1), nn.GroupNorm(groups, out), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(previous, out, 3, padding=1), nn.GroupNorm(groups, out), nn.MaxPool2d(2), nn.ReLU()]
         previous, height, width = out, height // 2, width // 2
     layers += [nn.Flatten(), nn.Linear(previous * height * width, num_classes)]
-    return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))
+    return declare_feature_layer(_ChannelsLast(*layers), str(len(layers) - 2))
 
 
 def lenet(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
     """Build LeNet-5 with ReLU and maxima, input [B, C, H, W], output logits [B, num_classes].
 
-    Two times convolution 5x5 (6 and 16 channels), ReLU, maximum over 2x2; linear layers of 120 and 84 units. Which
+    Two times convolution 5x5 (6 and 16 channels), maximum over 2x2, ReLU; linear layers of 120 and 84 units. Which
     variant the Momentum Tracking paper trains could not be verified.
 
     Args:
@@ -74,8 +79,20 @@ def lenet(input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
     channels, height, width = input_shape
     layers: list[nn.Module] = []
     for before, after in ((channels, 6), (6, 16)):
-        layers += [nn.Conv2d(before, after, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(before, after, 5), nn.MaxPool2d(2), nn.ReLU()]
         height, width = (height - 4) // 2, (width - 4) // 2
     layers += [nn.Flatten(), nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
     layers.append(nn.Linear(84, num_classes))
-    return declare_feature_layer(nn.Sequential(*layers), str(len(layers) - 2))
+    return declare_feature_layer(_ChannelsLast(*layers), str(len(layers) - 2))
+
+
+class _ChannelsLast(nn.Sequential):
+    """A Sequential that lays out its input, [B, C, H, W] on the CPU, with the channels last; what follows keeps it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            # By hand: torch.func.vmap knows no memory formats, and torch takes a single channel to lie so already.
+            last = x.squeeze(1).unsqueeze(-1) if x.shape[1] == 1 else x.movedim(1, -1).contiguous()
+            x = last.movedim(-1, 1)
+        output: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return output

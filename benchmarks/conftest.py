@@ -37,13 +37,24 @@ def size(elements: int) -> int:
     return elements // 50 if _smoke else elements
 
 
-def paired_minimum(candidates: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Seconds of each candidate: the minimum over rounds in which all of them run, one after the other."""
+def paired_minimum(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 15, *, settled: bool = False
+) -> dict[str, float]:
+    """Seconds of each candidate: the minimum over rounds in which all of them run, one after the other.
+
+    Args:
+        candidates: what to time, by name.
+        rounds: how often.
+        settled: call each candidate once before it is timed, so that it finds caches and heap as it leaves them itself
+            and not as the one before it, which may use much more memory.
+    """
     best = dict.fromkeys(candidates, float("inf"))
     for candidate in candidates.values():
         candidate()  # warm-up: page faults, caches, compilation
     for _ in range(1 if _smoke else rounds):
         for name, candidate in candidates.items():
+            if settled and not _smoke:
+                candidate()
             begin = time.perf_counter()
             candidate()
             best[name] = min(best[name], time.perf_counter() - begin)

@@ -92,6 +92,7 @@ def _root(
 # train ----------------------------------------------------------------------------------------------------------------
 
 _WHAT, _HOW, _LENGTH, _MACHINE, _FILES = "What to train", "Optimizer", "Length", "Machine", "Files"
+_PROCESSES = "A process for each worker (torchrun)"
 
 
 @app.command()
@@ -160,11 +161,20 @@ def train(
     resume: Annotated[Path | None, option(_FILES, "Continue the run in this folder.")] = None,
     tensorboard: Annotated[bool, option(_FILES, "Write TensorBoard events, too.", None, "--tensorboard")] = False,
     checkpoint_seconds: Annotated[float, option(_FILES, "Seconds between checkpoints.", "5")] = 5.0,
+    overlap: Annotated[
+        bool | None, option(_PROCESSES, "Send messages during backward, to the same bits.", "off", "--overlap")
+    ] = None,
+    bucket_mb: Annotated[
+        float | None, option(_PROCESSES, "Largest message in MB; small ones leave early with --overlap.", "25")
+    ] = None,
+    staleness: Annotated[
+        int | None, option(_PROCESSES, "Merge a slow neighbour's last message if so many steps old at most.", "0")
+    ] = None,
     trace: Annotated[
         int | None, option(_FILES, "Timeline of so many steps, into OUT/trace.json; under torchrun.", "none")
     ] = None,
     on_peer_loss: Annotated[
-        str, option(_MACHINE, f"When a process dies: {', '.join(ON_PEER_LOSS)}; heal: the others go on.", "raise")
+        str, option(_PROCESSES, f"When a process dies: {', '.join(ON_PEER_LOSS)}; heal: the others go on.", "raise")
     ] = "raise",
 ) -> None:
     """Train n workers on one machine and show how good their models are.
@@ -193,12 +203,12 @@ def train(
     console = make_console()
     with contextlib.ExitStack() as stack:
         with user_errors():
+            processes = stack.enter_context(process_group())  # first, so that one of them tells what is wrong for all
             if topology is not None:
                 given["topology"], number = configs.parse_topology(topology, workers)
                 given |= {} if number is None else {"workers": number}
             if on_peer_loss not in ON_PEER_LOSS:
                 raise ValueError(f"--on-peer-loss must be one of {', '.join(ON_PEER_LOSS)}, got {on_peer_loss!r}")
-            processes = stack.enter_context(process_group())
             if trace is not None and (processes == 1 or trace < 1 or (out is None and resume is None)):
                 raise ValueError(
                     "--trace must be at least 1, and shows in OUT how processes wait for each other: start at least "
@@ -362,6 +372,10 @@ def _show_result(console: Console, result: Result) -> None:
         ("seconds", "seconds", "{:.1f}"),
     ):
         table.add_row(label, pattern.format(summary[key]))
+    if "message_ages" in summary:
+        table.add_row("messages of earlier steps merged", f"{summary['stale_share']:.1%}")
+        for age, count in enumerate(summary["message_ages"]):
+            table.add_row(f"  {age} step{'' if age == 1 else 's'} old", f"{count:,}")
     console.print(table)
 
 

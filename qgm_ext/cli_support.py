@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -29,6 +33,8 @@ __all__ = [
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _PIPE_WIDTH = 110
+_FOR_ANOTHER = timedelta(seconds=10)
+_stores: list[Any] = []  # where this worker has met the others, if there are any
 
 
 def make_console() -> Console:
@@ -89,7 +95,6 @@ def process_group() -> Iterator[int]:
     if size == 1 or "RANK" not in os.environ:
         yield 1
         return
-    import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -97,12 +102,26 @@ def process_group() -> Iterator[int]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Workers that torchrun has started again meet in the store of those before them, whose addresses are still in it.
     store, rank, size = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group("gloo", store=PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=size)
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _stores.append(store)
+    _join(store, rank, size)
     try:
         yield size
     finally:
         dist.destroy_process_group()
+
+
+def _join(store: Any, rank: int, size: int) -> None:
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    except RuntimeError as error:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME")
+        if interface is None:
+            raise
+        known = ", ".join(name for _, name in socket.if_nameindex())
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME must name an interface with an address, of {known}, got {interface!r}: {error}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -129,5 +148,28 @@ def told(error: Exception) -> str:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"qgm: {' '.join(message.split())}", err=True)
+    """Say in one line what is wrong, and end. Of several workers on a machine that want to say the same, one does."""
+    line = f"qgm: {' '.join(message.split())}"
+    with _first_to_say(line) as first:
+        if first:
+            typer.echo(line, err=True)
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _first_to_say(line: str) -> Iterator[bool]:
+    """Whether no other worker on this machine is about to say it; if one is, until it has: torchrun ends all workers as
+    soon as one has ended.
+    """
+    key = f"said/{os.environ.get('GROUP_RANK', '0')}/{hashlib.sha256(line.encode()).hexdigest()}"
+    first = True
+    # A store that is gone, with rank 0 or torchrun, or a worker killed in between: better twice than never.
+    with contextlib.suppress(RuntimeError):
+        for store in _stores:
+            if store.add(key, 1) > 1:
+                store.wait([f"{key}/done"], _FOR_ANOTHER)
+                first = False
+    yield first
+    with contextlib.suppress(RuntimeError):
+        for store in _stores if first else ():
+            store.set(f"{key}/done", "")

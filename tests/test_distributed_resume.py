@@ -65,14 +65,20 @@ class Workers:
     """``size`` processes that train in ``out``; forked from a server that has done the imports."""
 
     def __init__(
-        self, folder: Path, out: Path, size: int = SIZE, stop: int | None = None, seconds: float = 5.0
+        self,
+        folder: Path,
+        out: Path,
+        size: int = SIZE,
+        stop: int | None = None,
+        seconds: float = 5.0,
+        config: dict[str, Any] = CONFIG,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure"])
         self.store = str(folder / f"store-{time.monotonic_ns()}")
         self.processes: list[BaseProcess] = []
         for rank in range(size):
-            process = context.Process(target=one_worker, args=(rank, size, self.store, str(out), CONFIG, stop, seconds))
+            process = context.Process(target=one_worker, args=(rank, size, self.store, str(out), config, stop, seconds))
             process.start()
             self.processes.append(process)
 
@@ -121,15 +127,18 @@ def saved_steps(out: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_workers_go_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, {"overlap": True, "bucket_mb": 0.01, "on_nonfinite": "ignore"}], ids=["plain", "overlap"]
+)
+def test_killed_workers_go_on_to_the_same_bits(tmp_path: Path, more: dict[str, Any]) -> None:
     draw = random.Random(0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = Workers(tmp_path, whole).results()
+    expected = Workers(tmp_path, whole, config=CONFIG | more).results()
     alone = run(TrainConfig(**CONFIG))
     steps = expected[0]["metrics"][-1]["step"]
     for attempt in range(2):
         before = saved_steps(killed) if killed.exists() else 0
-        workers = Workers(tmp_path, killed, seconds=0.0)
+        workers = Workers(tmp_path, killed, seconds=0.0, config=CONFIG | more)
         end = time.monotonic() + 60
         wanted = min(before + draw.randint(1, steps // 3), steps - 2)
         while (not killed.exists() or saved_steps(killed) < wanted) and time.monotonic() < end:
@@ -146,6 +155,25 @@ def test_killed_workers_go_on_to_the_same_bits(tmp_path: Path) -> None:
         assert own_figures(killed, rank) == own_figures(whole, rank)
     assert figures(lines(killed / "metrics.jsonl")) == figures(alone.metrics)
     assert (killed / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_killed_workers_go_on_with_old_messages_and_count_them_on(tmp_path: Path) -> None:
+    out, config = tmp_path / "run", CONFIG | {"topology": "ring", "staleness": 2, "on_nonfinite": "ignore"}
+    workers = Workers(tmp_path, out, seconds=0.0, config=config)
+    end = time.monotonic() + 120
+    while not (out.exists() and saved_steps(out) > 4) and time.monotonic() < end:
+        time.sleep(0.005)
+    kill(workers, [1])
+    assert not workers.end()
+    step = saved_steps(out)
+    found = Workers(tmp_path, out).results()
+    summary = json.loads((out / "summary.json").read_text())
+    assert 4 <= step < summary["step"] == found[0]["metrics"][-1]["step"]
+    assert sum(summary["message_ages"]) == SIZE * 2 * summary["step"]
+    for rank in range(SIZE):
+        own = lines(out / f"worker-{rank}-of-{SIZE}" / "metrics.jsonl")
+        assert 0 <= own[1]["stale_messages"] <= own[-1]["stale_messages"]
 
 
 def test_another_number_of_workers_goes_on_from_the_average(tmp_path: Path) -> None:

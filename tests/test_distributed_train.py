@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from process_pool import ProcessPool
 from qgm_ext.experiments.config import TrainConfig
-from qgm_ext.experiments.train import resume, run
+from qgm_ext.experiments.train import Training, resume, run
 
 FIGURES = (
     "step",
@@ -82,9 +83,62 @@ def test_processes_train_as_the_simulator(pool: ProcessPool, n: int) -> None:
         assert torch.equal(results[0][k][2], flattened(expected.simulator.average_model()))
 
 
+def test_overlap_trains_to_the_same_bits(pool: ProcessPool) -> None:
+    n = 3
+    common = {"workers": n, "num_train": 300, "steps": 6, "batch": 4, "threads": 1, "alpha": 1.0}
+    common |= {"on_nonfinite": "ignore", "schedule": "cosine", "warmup_epochs": 0.1}
+    plain = [
+        common,
+        {**common, "algorithm": "d2", "topology": "one_peer_exponential", "dtype": "float64"},
+        {**common, "algorithm": "sgp", "topology": "random_directed", "model": "cnn"},
+        {**common, "message": "int8"},
+    ]
+    wanted = [case | {"overlap": True, "bucket_mb": 0.01} for case in plain]  # buckets of 2500 numbers
+    results = pool.run(train, n, wanted, limit=200.0)
+    for k, case in enumerate(plain):
+        expected = run(TrainConfig(**case))
+        for rank in range(n):
+            parameters, metrics, _ = results[rank][k]
+            assert torch.equal(parameters, flattened(expected.simulator.models[rank])), f"{case}, rank {rank}"
+            assert metrics == figures(expected.metrics), f"{case}, rank {rank}"
+
+
+def train_beside_a_slow_one(rank: int, n: int) -> dict[str, Any]:
+    config = TrainConfig(
+        workers=n, num_train=300, steps=20, batch=4, threads=1, alpha=1.0, on_nonfinite="ignore", staleness=2
+    )
+    with Training(config) as training:
+        result = training.run(on_step=lambda _: time.sleep(0.02 if rank == n - 1 else 0.0))
+        opt = result.simulator.opt
+        assert not opt._runtime._engine._channels, "messages are under way still"
+        return {"own": opt.message_ages, "stale": opt.communication.stale_messages, **result.summary}
+
+
+def test_runs_with_old_messages_say_how_often_they_merged_some(pool: ProcessPool) -> None:
+    n = 3
+    results = pool.run(train_beside_a_slow_one, n, n)
+    ages = [sum(counts) for counts in zip(*(c for found in results for c in found["own"].values()), strict=True)]
+    assert sum(ages) == n * 2 * 20
+    assert sum(ages[1:]) == sum(found["stale"] for found in results) > 0
+    for found in results:
+        assert found["message_ages"] == ages
+        assert found["stale_share"] == sum(ages[1:]) / sum(ages)
+
+
 def refusals(rank: int) -> list[str]:
     found = []
-    for wrong in ({"workers": 3}, {"workers": 2, "engine": "vmap"}):
+    overlap, old = {"workers": 2, "overlap": True}, {"workers": 2, "staleness": 2, "on_nonfinite": "ignore"}
+    for wrong in (
+        {"workers": 3},
+        {"workers": 2, "engine": "vmap"},
+        overlap,
+        {**overlap, "on_nonfinite": "ignore", "clip": 1.0},
+        {**overlap, "on_nonfinite": "ignore", "algorithm": "csgdm"},
+        {**overlap, "on_nonfinite": "ignore", "algorithm": "relaysgd", "topology": "chain"},
+        {**overlap, "on_nonfinite": "ignore", "algorithm": "qg_dadam"},
+        {**old, "algorithm": "d2"},
+        {**old, "algorithm": "csgdm"},
+    ):
         try:
             run(TrainConfig(num_train=300, steps=1, batch=4, alpha=1.0, **wrong))
         except ValueError as error:
@@ -96,6 +150,47 @@ def test_what_a_process_of_its_own_cannot_do_is_refused(pool: ProcessPool) -> No
     for messages in pool.run(refusals, 2):
         assert messages[0].startswith("workers must be the number of processes, 2, got 3")
         assert messages[1].startswith("engine must be 'loop' or 'threads'")
+        reasons = [
+            "on_nonfinite='raise' needs the whole gradient first, 'ignore' does not",
+            "clip_grad_norm needs the whole gradient first",
+            *(
+                f"{name} takes more than one pass over its vectors in a step"
+                for name in ("csgdm", "relaysgd", "qg_dadam")
+            ),
+        ]
+        overlap = "overlap must be False where nothing can be sent during backward, got True: "
+        assert messages[2:7] == [overlap + reason for reason in reasons]
+        assert messages[7].startswith("d2 can't use old messages")
+        assert messages[8].startswith("csgdm can't use old messages")
+        assert len(messages) == 9
+
+
+def start(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """``qgm train`` of two processes that torchrun starts."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launch, "-m", "qgm_ext", "train", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "line"),
+    [
+        ("--overlap", {}, "overlap must be False where nothing can be sent during backward, got True: on_nonfinite="),
+        ("--topology rnig", {}, "topology must be one of binary_tree, "),
+        ("", {"GLOO_SOCKET_IFNAME": "eht0"}, "GLOO_SOCKET_IFNAME must name an interface with an address, of lo"),
+    ],
+    ids=["overlap", "topology", "interface"],
+)
+def test_under_torchrun_one_worker_says_in_one_line_what_is_wrong(words: str, more: dict[str, str], line: str) -> None:
+    done = start(*words.split(), **more)
+    assert done.returncode != 0
+    said = [text for text in done.stderr.splitlines() if text.startswith("qgm: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith(f"qgm: {line}")
+    assert "ValueError" not in done.stderr
+    assert done.stdout == ""
 
 
 def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def with_obstacle(rank: int, arguments: dict[str, Any], scaled: bool) -> tuple[s
     ("arguments", "scaled", "reason"),
     [
         ({"clip_grad_norm": 1.0}, False, "clip_grad_norm needs the whole gradient first"),
-        ({"on_nonfinite": "skip"}, False, "on_nonfinite='skip' needs the whole gradient first"),
+        ({"on_nonfinite": "skip"}, False, "on_nonfinite='skip' needs the whole gradient first, 'ignore' does not"),
         ({}, True, "torch.amp.GradScaler needs the whole gradient first"),
     ],
     ids=["clip_grad_norm", "on_nonfinite", "GradScaler"],

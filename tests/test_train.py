@@ -191,6 +191,18 @@ def test_config_survives_its_file(tmp_path):
     assert about["torch"] == "x"
 
 
+def test_config_of_a_run_from_before_there_were_options_of_processes_is_read_and_has_the_same_digest(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(configs.dumps(small(), {}))
+    assert not {"overlap", "bucket_mb", "staleness"} & json.loads(path.read_text())["config"].keys()
+    assert configs.loads(path)[0] == small()
+    chosen = small(overlap=True, bucket_mb=0.5, on_nonfinite="ignore")
+    path.write_text(configs.dumps(chosen, {}))
+    stored = json.loads(path.read_text())["config"]
+    assert (stored["overlap"], stored["bucket_mb"]) == (True, 0.5)
+    assert configs.loads(path)[0] == chosen
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,6 +8,7 @@ evaluation and nowhere else.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from qgm_ext import ops
-from qgm_ext.distributed.options import OnPeerLoss
+from qgm_ext.distributed.options import OnPeerLoss, RuntimeOptions
 from qgm_ext.engines import BufferSnapshot
 from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
@@ -44,6 +45,8 @@ class ProcessWorker:
         clip_grad_norm, on_nonfinite, message: as in :class:`qgm_ext.Simulator`.
         on_peer_loss: as in :class:`qgm_ext.distributed.RuntimeOptions`; with "heal" those that are left meet without
             the lost ones.
+        overlap, bucket_mb: as there, but overlap=True is refused where it would have no effect.
+        staleness: as there; above 0 all workers call :meth:`drain` after their last step.
         **hyper: hyper-parameters of the algorithm.
 
     Attributes:
@@ -66,23 +69,35 @@ class ProcessWorker:
         on_nonfinite: OnNonfinite = "ignore",
         message: str = "float32",
         on_peer_loss: OnPeerLoss = "raise",
+        overlap: bool = False,
+        staleness: int = 0,
+        bucket_mb: float = RuntimeOptions.bucket_mb,
         **hyper: Any,
     ) -> None:
         self.model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._layout = FlatLayout(p.shape for p in self._parameters)
-        self.opt = Decentralized(
-            self._parameters,
-            algorithm,
-            topology=topology,
-            clip_grad_norm=clip_grad_norm,
-            on_nonfinite=on_nonfinite,
-            message=message,
-            on_peer_loss=on_peer_loss,
-            **hyper,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "overlap=True has no effect")  # which is an error here
+            self.opt = Decentralized(
+                self._parameters,
+                algorithm,
+                topology=topology,
+                clip_grad_norm=clip_grad_norm,
+                on_nonfinite=on_nonfinite,
+                message=message,
+                on_peer_loss=on_peer_loss,
+                overlap=overlap,
+                staleness=staleness,
+                bucket_mb=bucket_mb,
+                **hyper,
+            )
+        if overlap and self.opt.overlap_obstacle is not None:
+            obstacle = self.opt.overlap_obstacle
+            raise ValueError(f"overlap must be False where nothing can be sent during backward, got True: {obstacle}")
         self.worker, self.num_workers = self.opt.worker, self.opt.num_workers
         self.left = list(range(self.num_workers))
+        self._staleness = staleness
         runtime = self.opt._runtime
         self._survivors = runtime.survivors() if isinstance(runtime, Peers) else None
         self._timer = Timer(torch.device("cpu"))
@@ -105,12 +120,12 @@ class ProcessWorker:
         """
         before = BufferSnapshot([self.model])
         skipped = self.opt.skipped_steps
+        self.opt.param_groups[0]["lr"] = lr  # before backward, in which the step may begin
         with self._timer.phase("gradient"):
             self.opt.zero_grad()
             loss = loss_fn(self.model(x), y)
             with record_function("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
-        self.opt.param_groups[0]["lr"] = lr
         taken = False
         try:
             with self._timer.phase("optimizer"):
@@ -120,6 +135,18 @@ class ProcessWorker:
             if not taken:
                 before.restore()
         return loss.detach()
+
+    @property
+    def message_ages(self) -> Tensor:
+        """How many of the messages that this worker merged were 0, 1, ..., k steps old, [k + 1] int64; 0 if k is."""
+        total = torch.zeros(self._staleness + 1, dtype=torch.int64)
+        for ages in self.opt.message_ages.values():
+            total += torch.tensor(ages)
+        return total
+
+    def drain(self) -> None:
+        """Wait until no message is under way (:meth:`qgm_ext.optim.DecentralizedOptimizer.drain`)."""
+        self.opt.drain()
 
     def gather(self, values: Tensor) -> Tensor:
         """The same tensor of all workers that are ``left``, [n, ...]."""

@@ -20,7 +20,7 @@ import torch
 
 from qgm_ext import algorithms, data, models, topology
 from qgm_ext.algorithms import check_number
-from qgm_ext.experiments.config import TrainConfig, check_name
+from qgm_ext.experiments.config import FOR_PROCESSES, TrainConfig, check_name
 from qgm_ext.hints import did_you_mean
 
 __all__ = ["Cell", "Comparison", "Method", "Published", "check_keys", "is_centralised", "run_name"]
@@ -43,7 +43,7 @@ _DECIDED = {
     "seed": "seeds",
     "threads": "--threads",
 }
-_TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name not in _DECIDED)
+_TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name not in {*_DECIDED, *FOR_PROCESSES})
 _DEFAULT_VALIDATION = 0.1
 _DEFAULT_FACTORS = (0.25, 0.5, 1.0, 2.0)  # of an algorithm's own step size, where nobody gives a grid
 

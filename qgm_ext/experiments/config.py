@@ -21,12 +21,13 @@ import torch
 from qgm_ext import algorithms, data, messages, models, topology
 from qgm_ext.algorithms import check_number
 from qgm_ext.data import augment as augmentation
+from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.experiments import schedules
 from qgm_ext.hints import did_you_mean
 from qgm_ext.simulator import EngineChoice
 from qgm_ext.stacked import OnNonfinite
 
-__all__ = ["CONFIG_FORMAT", "TrainConfig", "dumps", "loads", "parse", "parse_hyper", "parse_topology"]
+__all__ = ["CONFIG_FORMAT", "FOR_PROCESSES", "TrainConfig", "dumps", "loads", "parse", "parse_hyper", "parse_topology"]
 
 CONFIG_FORMAT = "qgm_ext.train/3"
 
@@ -34,6 +35,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 ENGINES: tuple[str, ...] = typing.get_args(EngineChoice)
 PARTITIONS = ("dirichlet", "iid", "sorted", "classes")
 ON_NONFINITE: tuple[str, ...] = typing.get_args(OnNonfinite)
+
+# Options of workers in processes of their own alone.
+FOR_PROCESSES = ("overlap", "bucket_mb", "staleness")
+# Fields that came later: not in files where they have these values, so that older runs go on, with the same digest.
+_UNSAID: dict[str, Any] = {name: getattr(RuntimeOptions, name) for name in FOR_PROCESSES}
 
 _LATER: Any = None  # filled in by __post_init__, so that the field's type can be what users of a config see
 _DEFAULT_WORKERS = 16
@@ -86,6 +92,8 @@ class TrainConfig:
         on_nonfinite: "raise", "skip" or "ignore" a gradient with an infinity or NaN.
         message: how messages to neighbours are written (:mod:`qgm_ext.messages`): "float32", which is as they are, or
             "bfloat16" or "int8" with error feedback.
+        overlap, bucket_mb, staleness: of workers in processes of their own, as in
+            :class:`qgm_ext.distributed.RuntimeOptions`. The first two leave the bits as they are.
 
     Raises:
         TypeError, ValueError: if a field is wrong; it is named with what was expected and what came.
@@ -128,6 +136,9 @@ class TrainConfig:
     eval_every: int = _LATER
     on_nonfinite: OnNonfinite = "raise"
     message: str = "float32"
+    overlap: bool = False
+    bucket_mb: float = RuntimeOptions.bucket_mb
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -168,6 +179,8 @@ class TrainConfig:
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {type(getattr(self, name)).__name__}")
         _check_device(self.device)
+        options = {name: getattr(self, name) for name in (*FOR_PROCESSES, "message")}
+        RuntimeOptions(**options).check_nonfinite(self.on_nonfinite)
 
     def _check_names(self) -> None:
         algorithms.get_class(self.algorithm)  # raises for an unknown name, with the nearest
@@ -247,7 +260,8 @@ class TrainConfig:
 
 def dumps(config: TrainConfig, about: Mapping[str, Any]) -> str:
     """The text of config.json. ``about``: what a reader wants to know of the run besides (versions, ...)."""
-    return json.dumps({"format": CONFIG_FORMAT, **about, "config": config.as_dict()}, indent=2) + "\n"
+    content = {key: value for key, value in config.as_dict().items() if (key, value) not in _UNSAID.items()}
+    return json.dumps({"format": CONFIG_FORMAT, **about, "config": content}, indent=2) + "\n"
 
 
 def loads(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -283,6 +297,8 @@ def parse(text: str, path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         )
     stored = content.get("config")
     known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if isinstance(stored, dict):
+        stored = _UNSAID | stored
     if not isinstance(stored, dict) or stored.keys() != known:
         differing = sorted(known ^ stored.keys()) if isinstance(stored, dict) else ["config"]
         raise ValueError(f"{path} is damaged: missing or unknown fields {', '.join(differing)}")

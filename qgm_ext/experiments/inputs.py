@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from qgm_ext import data, models, ops, topology
 from qgm_ext.data import augment
 from qgm_ext.data.datasets import subset
-from qgm_ext.distributed.options import OnPeerLoss
+from qgm_ext.distributed.options import OnPeerLoss, RuntimeOptions
 from qgm_ext.distributed.process_worker import ProcessWorker
-from qgm_ext.experiments.config import TrainConfig
+from qgm_ext.experiments.config import FOR_PROCESSES, TrainConfig
 from qgm_ext.experiments.schedules import Schedule
 from qgm_ext.experiments.worker_files import has_peers
 from qgm_ext.simulator import Simulator
@@ -79,6 +79,7 @@ def build(config: TrainConfig, partition: data.Partition | None = None, on_peer_
 
     Raises: as :func:`qgm_ext.experiments.train.run`.
     """
+    _check_process(config, on_peer_loss)
     device = check_device(config.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -157,13 +158,9 @@ def _make_simulator(
             **config.hyper,
         }
         if has_peers():
-            _check_process(config)
+            options |= {name: getattr(config, name) for name in FOR_PROCESSES}
             options["on_peer_loss"] = on_peer_loss
             return ProcessWorker(model.to(device, dtype), graph, config.algorithm, **options)
-        if on_peer_loss != "raise":
-            raise ValueError(
-                f"on_peer_loss={on_peer_loss!r} is for workers in processes of their own, which torchrun starts"
-            )
         options |= {"engine": config.engine, "device": device, "dtype": dtype}
         return Simulator(model, graph, config.algorithm, **options)
 
@@ -217,8 +214,16 @@ def describe_partition(config: TrainConfig) -> str:
     return f"alpha {config.alpha:g}" if config.partition == "dirichlet" else config.partition
 
 
-def _check_process(config: TrainConfig) -> None:
-    """Refuse what a worker in a process of its own can't do."""
+def _check_process(config: TrainConfig, on_peer_loss: OnPeerLoss) -> None:
+    """Refuse what a worker in a process of its own can't do, or it alone can."""
+    if not has_peers():
+        for name, value in {
+            **{name: getattr(config, name) for name in FOR_PROCESSES},
+            "on_peer_loss": on_peer_loss,
+        }.items():
+            if value != getattr(RuntimeOptions, name):
+                raise ValueError(f"{name}={value!r} is for workers in processes of their own, which torchrun starts")
+        return
     if config.workers != dist.get_world_size():
         raise ValueError(
             f"workers must be the number of processes, {dist.get_world_size()}, got {config.workers}: one process is "

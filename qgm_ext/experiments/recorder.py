@@ -41,6 +41,8 @@ class Recorder:
         self.own_records: list[Record] = []
         self._own_losses: list[Tensor] = []  # of a worker with peers, until they meet for an evaluation
         self._communication_before = Communication()  # of this worker in earlier legs of a resumed run
+        self._ages_before = torch.zeros(inputs.config.staleness + 1, dtype=torch.int64)  # the same for message_ages
+        self._ages_of_all = self._ages_of_others = self._ages_before
         self._bytes_sent: dict[int, int] = {}  # by each worker, as far as it was heard
         self._bytes_of_others = 0  # by workers that are no more
         self._replaced_workers = 0  # how often one has taken up the state of a neighbour
@@ -81,6 +83,15 @@ class Recorder:
         every = self._sim.gather(torch.tensor(self._own_communication(self._sim).bytes_sent)).tolist()
         self._bytes_sent |= dict(zip(self._sim.left, every, strict=True))
         return sum(self._bytes_sent.values()) + self._bytes_of_others
+
+    def _gather_stale_share(self) -> float:
+        """Of the messages that all workers together have merged, the share of those of earlier steps."""
+        assert isinstance(self._sim, ProcessWorker)  # as inputs.build has seen to
+        self._ages_of_all = self._sim.gather(self._own_ages(self._sim)).sum(0) + self._ages_of_others
+        return float(self._ages_of_all[1:].sum()) / max(1, int(self._ages_of_all.sum()))
+
+    def _own_ages(self, sim: ProcessWorker) -> Tensor:
+        return self._ages_before + sim.message_ages
 
     def _no_losses(self) -> tuple[Tensor, int]:
         return torch.zeros((), dtype=torch.float64, device=self._inputs.device), 0
@@ -124,6 +135,8 @@ class Recorder:
             "seconds": round(seconds, 3),
             "seconds_training": round(seconds - evaluating, 3),
         }
+        if config.staleness:
+            record["stale_share"] = self._gather_stale_share()
         self._loss_sum, self._loss_count = self._no_losses()
         self.records.append(record)
         if isinstance(self._sim, ProcessWorker):
@@ -139,6 +152,7 @@ class Recorder:
                     "seconds_gradient": round(times["gradient"], 3),
                     "seconds_optimizer": round(times["optimizer"], 3),
                     "seconds_waiting": round(communication.seconds, 3),
+                    "stale_messages": communication.stale_messages,
                 }
             )
         return record
@@ -152,6 +166,8 @@ class Recorder:
         if isinstance(self._sim, ProcessWorker):
             summary["replaced_workers"] = self._replaced_workers
             summary["lost_workers"] = sorted(self._sim.opt.lost_workers)
+            if self._inputs.config.staleness:
+                summary["message_ages"] = self._ages_of_all.tolist()
         return summary | {
             "best_accuracy_local_mean": max(record["accuracy_local_mean"] for record in self.records),
             "num_parameters": self._sim.num_parameters,
@@ -191,7 +207,10 @@ class Recorder:
             "own_metrics": self.own_records,
             "losses": torch.stack(self._own_losses) if self._own_losses else None,
             "communication": dataclasses.asdict(self._own_communication(sim)),
+            "message_ages": self._own_ages(sim),
             "bytes_of_others": self._bytes_of_others,
+            "ages_of_others": self._ages_of_others,
+            "ages_of_all": self._ages_of_all,
             "replaced_workers": self._replaced_workers,
             "spent": self.times(),
         }
@@ -211,8 +230,12 @@ class Recorder:
         self._own_losses = [] if state["losses"] is None else list(state["losses"])
         self._communication_before = Communication(**state["communication"])
         self._bytes_of_others = state["bytes_of_others"]
+        if self._inputs.config.staleness:
+            self._ages_before, self._ages_of_others = state["message_ages"], state["ages_of_others"]
 
     def load_state_of_others(self, state: Mapping[str, Any]) -> None:
         """Go on from another number of workers: with their records, time and bytes, none of them this worker's."""
         self.records, self._spent = state["metrics"], state["spent"]
         self._bytes_of_others = self.records[-1]["bytes_sent"]
+        if self._inputs.config.staleness:
+            self._ages_of_others = state["ages_of_all"]

@@ -50,8 +50,10 @@ class Result:
             accuracy_local_mean, accuracy_local_min, accuracy_local_max, accuracy_average (on the test set),
             consensus_distance, lr, bytes_sent (by all workers together), seconds and seconds_training (evaluations
             left out); with a validation set also validation_accuracy_local_mean, validation_accuracy_local_min,
-            validation_accuracy_average and validation_loss_local_mean.
-        summary: the last of them, and speed and shares of time.
+            validation_accuracy_average and validation_loss_local_mean; with ``staleness`` also stale_share, of the
+            messages merged so far the share of those of earlier steps.
+        summary: the last of them, and speed and shares of time; with ``staleness`` also message_ages, how many of the
+            messages that all workers merged were 0, 1, ..., k steps old.
         simulator: the trained workers; ``simulator.average_model()`` is the model to use. In a process group of several
             processes it is this process's own worker, and that call a collective.
         finished: False if it was stopped before its last step.
@@ -351,6 +353,8 @@ class Training:
                 if stopped or self.step == self.num_steps or due:
                     self._save_checkpoint()
                     saved = now
+            if isinstance(self._inputs.sim, ProcessWorker):
+                self._inputs.sim.drain()
             finished = self.step == self.num_steps
             result = Result(self.config, recorder.records, recorder.summary(self.step), self._inputs.sim, finished)
             if self._folder is not None and finished:

@@ -226,6 +226,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         for p in params:
             check_parameter(p)
         self._runtime.start(fields, made, params)
+        if self._overlap is not None:
+            self._overlap.look_ahead(made)
 
     def _check_group(self, group: Mapping[str, Any]) -> Algorithm:
         """The algorithm of a group; raises TypeError or ValueError if its parameters or values don't fit."""

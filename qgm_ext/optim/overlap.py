@@ -27,13 +27,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qgm_ext.algorithms import Algorithm
 from qgm_ext.distributed.engine import Turn
 from qgm_ext.distributed.gossip import Round
 from qgm_ext.optim.peers import Peers, Work
@@ -87,7 +88,7 @@ class Overlap:
         if peers.options.clip_grad_norm is not None:
             self._give_up("clip_grad_norm needs the whole gradient first")
         elif optimizer.on_nonfinite != "ignore":
-            self._give_up(f"on_nonfinite={optimizer.on_nonfinite!r} needs the whole gradient first")
+            self._give_up(f"on_nonfinite={optimizer.on_nonfinite!r} needs the whole gradient first, 'ignore' does not")
         elif peers.exchange is None or peers.exchange.backend != "gloo":
             self._give_up("it needs a process group with the backend gloo")
 
@@ -99,6 +100,12 @@ class Overlap:
     def _give_up(self, reason: str) -> None:
         self.obstacle = reason
         warnings.warn(f"overlap=True has no effect: {reason}", stacklevel=2)
+
+    def look_ahead(self, algorithms: Iterable[Algorithm]) -> None:
+        """Give up if a usual step of one of these is not a single pass."""
+        for algorithm in algorithms:
+            if self.obstacle is None and not self._peers.has_only_pass(algorithm):
+                self._give_up(_many_passes(algorithm))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,7 +186,7 @@ class Overlap:
             part = turn.only_pass()
             if part is None:
                 if not self._has_worked:
-                    self._give_up(f"{work.algorithm.name} takes more than one pass over its vectors in a step")
+                    self._give_up(_many_passes(work.algorithm))
                 return None
             begun = turn.begin_early(part)
             if begun is None:
@@ -254,6 +261,10 @@ class Overlap:
             if p._version != version:
                 return f"a parameter of shape {list(p.shape)} was changed"
         return None
+
+
+def _many_passes(algorithm: Algorithm) -> str:
+    return f"{algorithm.name} takes more than one pass over its vectors in a step"
 
 
 def overlap_for(optimizer: DecentralizedOptimizer, runtime: OneWorker | Peers) -> Overlap | None:

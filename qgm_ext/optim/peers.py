@@ -28,6 +28,7 @@ from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.distributed.stale import StaleEngine
 from qgm_ext.distributed.survivors import Survivors
+from qgm_ext.flat import FlatLayout
 from qgm_ext.optim.flat_parameters import FlatParameters
 from qgm_ext.topology import Topology
 
@@ -204,6 +205,13 @@ class Peers:
                 value = p.detach().contiguous().clone().view(-1).view(torch.uint8).to(exchange.device)
                 dist.broadcast(value, source, group=exchange.group)
                 p.copy_(value.to(p.device).view(p.dtype).view(p.shape))
+
+    def has_only_pass(self, algorithm: Algorithm) -> bool:
+        """Whether a usual step (not the first) is one pass with neighbours, known before the gradients are."""
+        x = torch.zeros(1, 0)  # the passes of a step don't depend on how many parameters there are
+        vectors = Vectors(x, x, dict.fromkeys(self.state_names(algorithm), x), FlatLayout([]))
+        clock = Clock(1, 1, algorithm.lr, algorithm.initial_scalars(self.num_workers))
+        return self._engine.turn(algorithm, vectors, algorithm.lr, clock).only_pass() is not None
 
     def turns(self, works: Sequence[Work], gossip: bool) -> list[Turn]:
         """The next step of all buffers, one turn for each."""

@@ -44,6 +44,7 @@ from qgm_ext.cli_support import (
 )
 from qgm_ext.data import augment as augmentation
 from qgm_ext.distributed import PeerLostError, timeline
+from qgm_ext.distributed.agreement import check_agreement
 from qgm_ext.distributed.options import ON_PEER_LOSS
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import config as configs
@@ -204,6 +205,8 @@ def train(
     with contextlib.ExitStack() as stack:
         with user_errors():
             processes = stack.enter_context(process_group())  # first, so that one of them tells what is wrong for all
+            if processes > 1:
+                _check_alike(arguments)
             if topology is not None:
                 given["topology"], number = configs.parse_topology(topology, workers)
                 given |= {} if number is None else {"workers": number}
@@ -260,6 +263,13 @@ def train(
     _show_result(console, result)
     if folder is not None:
         console.print(f"Files are in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_alike(arguments: dict[str, Any]) -> None:
+    """Refuse workers of several machines with different options, who would wait for each other in vain."""
+    said = {name: value for name, value in arguments.items() if name not in ("data_root", "pretrained", "threads")}
+    said |= {name: arguments[name] is not None for name in ("out", "resume")}  # each machine may have its own
+    check_agreement(None, {f"--{name.replace('_', '-')}": value for name, value in said.items()}, torch.device("cpu"))
 
 
 def _is_started_again(out: Path) -> bool:

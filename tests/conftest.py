@@ -8,6 +8,11 @@ idle threads don't spin while another process could run. Set here because OpenMP
 
 import os
 
+import pytest
+
+# Assertions in these helpers show what differs, as those in tests do.
+pytest.register_assert_rewrite("small_training", "train_runs")
+
 os.environ["PYTHONSAFEPATH"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""Simulator: training as by hand, resuming, evaluation, clipping, and that a failed step changes nothing."""
+"""Simulator: training as by hand, resuming, clipping, and that a failed step changes nothing."""
 
 from __future__ import annotations
 
@@ -12,28 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import qgm_ext as qgm
-from qgm_ext import models, reference, topology
-from qgm_ext.evaluate import accuracy_and_loss
+from qgm_ext import reference, topology
 from qgm_ext.simulator import Simulator
 from qgm_ext.stacked import NonFiniteGradientError
-
-FEATURES, CLASSES = 5, 3
-
-
-def mlp(dtype=torch.float64):
-    torch.manual_seed(0)
-    return models.mlp((FEATURES,), CLASSES, (8,)).to(dtype)
-
-
-def batch_norm(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)).to(dtype)
-
-
-def data(step, n, batch=6, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(100 + step)
-    x = torch.randn(n, batch, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
-    return x, torch.randint(0, CLASSES, (n, batch), generator=generator)
+from simulator_runs import FEATURES, assert_unchanged, batch_norm, data, everything, mlp
 
 
 def parameters_of(model):
@@ -43,18 +25,6 @@ def parameters_of(model):
 def assert_same_parameters(mine, theirs, **tolerance):
     for a, b in zip(parameters_of(mine), parameters_of(theirs), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-
-
-def everything(sim):
-    return [
-        sim.opt.x.clone(),
-        *(v.clone() for v in sim.opt.state.values()),
-        *(b.clone() for m in sim.models for b in m.buffers()),
-    ]
-
-
-def assert_unchanged(sim, before):
-    assert all(torch.equal(a, b) for a, b in zip(everything(sim), before, strict=True))
 
 
 # Training as by hand --------------------------------------------------------------------------------------------------
@@ -291,125 +261,6 @@ def test_train_and_eval_mode():
     assert not torch.equal(sim.models[0][1].running_mean, sim.models[1][1].running_mean)
 
 
-# Average and evaluation -----------------------------------------------------------------------------------------------
-
-
-def test_average_model_has_mean_parameters_and_the_buffers_of_one_worker():
-    sim = Simulator(batch_norm(), topology.ring(4), "dsgd", lr=0.3)
-    for step in range(3):
-        sim.step(F.cross_entropy, data(step, 4))
-    for worker in (0, 2):
-        average = sim.average_model(worker)
-        for k, p in enumerate(average.parameters()):
-            expected = sum(list(m.parameters())[k].detach() for m in sim.models) / 4
-            torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
-            assert p.requires_grad
-            assert p.untyped_storage().nbytes() == p.numel() * 8
-        assert all(torch.equal(a, b) for a, b in zip(average.buffers(), sim.models[worker].buffers(), strict=True))
-    before = sim.opt.x.clone()
-    with torch.no_grad():
-        next(average.parameters()).zero_()
-        next(average.buffers()).zero_()
-    assert torch.equal(sim.opt.x, before)
-    assert sim.models[2][1].running_mean.abs().sum() > 0
-    with pytest.raises(ValueError, match="buffers_of must be a worker from 0 to 3, got 4"):
-        sim.average_model(4)
-
-
-def test_evaluation_numbers_by_hand():
-    # Scores of worker i are x * w_i: with w > 0 the sign of the sample decides; w = 0 ties, and argmax takes class 0.
-    model = nn.Linear(1, 2, bias=False).double()
-    sim = Simulator(model, topology.ring(2), "dsgd", lr=0.1)
-    with torch.no_grad():
-        sim.models[0].weight.copy_(torch.tensor([[1.0], [0.0]]))
-        sim.models[1].weight.copy_(torch.tensor([[-3.0], [0.0]]))
-    x = torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64)
-    y = torch.tensor([0, 1, 1])
-    found = sim.evaluate(x, y, batch_size=2)
-
-    def loss(weight):
-        logits = [(weight * value, 0.0) for value in (1.0, 2.0, -1.0)]
-        log_sums = [torch.tensor(pair).double().logsumexp(0).item() for pair in logits]
-        return sum(s - pair[label] for s, pair, label in zip(log_sums, logits, (0, 1, 1), strict=True)) / 3
-
-    assert found.accuracy_local == pytest.approx((2 / 3, 1 / 3))
-    assert (found.accuracy_local_mean, found.accuracy_local_min) == pytest.approx((1 / 2, 1 / 3))
-    assert found.accuracy_local_max == pytest.approx(2 / 3)
-    assert found.accuracy_average == pytest.approx(1 / 3)
-    assert found.loss_local == pytest.approx((loss(1.0), loss(-3.0)), rel=1e-6)
-    assert found.loss_local_mean == pytest.approx((loss(1.0) + loss(-3.0)) / 2, rel=1e-6)
-    assert found.loss_average == pytest.approx(loss(-1.0), rel=1e-6)
-    assert found.consensus_distance == pytest.approx(2.0)
-    assert found.num_samples == 3
-
-
-def test_evaluate_asks_equal_workers_once():
-    # A buffer that differs makes a worker differ; the average of equal rows is another model only by its rounding.
-    sim = Simulator(batch_norm(), topology.ring(4), "dsgd", lr=0.1)
-    x, y = (t.flatten(0, 1) for t in data(0, 2))
-    asked = []
-    for worker, model in enumerate(sim.models):
-        model.eval()
-        model.register_forward_hook(lambda *_, worker=worker: asked.append(worker))
-    sim.evaluate(x, y)
-    assert set(asked) == {0}
-    with torch.no_grad():
-        dict(sim.models[2].named_buffers())["1.running_mean"] += 1.0
-    asked.clear()
-    found = sim.evaluate(x, y)
-    assert set(asked) == {0, 2}
-    assert found.loss_local[2] != found.loss_local[0]
-    assert found.loss_local[1] == found.loss_local[3] == found.loss_local[0]
-
-
-def test_evaluate_uses_evaluation_mode_and_puts_every_mode_back():
-    sim = Simulator(nn.Sequential(nn.Dropout(0.5), batch_norm()), topology.ring(2), "dsgd", lr=0.1)
-    sim.models[1][1].eval()
-    before, generator = everything(sim), torch.get_rng_state()
-    x, y = (t.flatten(0, 1) for t in data(0, 2))
-    first = sim.evaluate(x, y)
-    assert first == sim.evaluate(x, y)
-    assert_unchanged(sim, before)
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert sim.models[0].training
-    assert sim.models[1].training
-    assert sim.models[1][0].training
-    assert not sim.models[1][1].training
-    assert sim.timings.evaluation > 0
-
-
-def test_evaluation_does_not_depend_on_the_batch_size():
-    model = mlp()
-    x, y = (t.flatten(0, 1) for t in data(0, 7))
-    results = [accuracy_and_loss(model, x, y, size, F.cross_entropy) for size in (1, 5, 42, 100)]
-    for accuracy, loss in results[1:]:
-        assert accuracy == results[0][0]
-        assert loss == pytest.approx(results[0][1], rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": [[1.0]]}, TypeError, "x must be a torch.Tensor, got list"),
-        (
-            {"x": torch.ones(3, FEATURES).double()},
-            ValueError,
-            r"equally many samples, at least 1, got \[3, 5\] and \[6\]",
-        ),
-        ({"x": torch.ones(0, 5), "y": torch.ones(0)}, ValueError, "at least 1"),
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
-        ({"y": torch.zeros(6, 2, dtype=torch.int64)}, ValueError, r"class scores \[B, C, ...\].*\[6, 3\] for \[6, 2\]"),
-        ({"y": torch.zeros(6, device="meta")}, ValueError, "y is on meta, the models on cpu"),
-    ],
-)
-def test_evaluate_refuses(change, error, message):
-    sim = Simulator(mlp(), topology.ring(2), "dsgd", lr=0.1)
-    x, y = (t[0] for t in data(0, 1))
-    with pytest.raises(error, match=message):
-        sim.evaluate(**{"x": x, "y": y, **change})
-    assert all(model.training for model in sim.models)
-
-
 # Clipping and non-finite gradients ------------------------------------------------------------------------------------
 
 
@@ -548,125 +399,13 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     assert_unchanged(sim, everything(other))
 
 
-# Wrong arguments ------------------------------------------------------------------------------------------------------
-
-
-class TwoDtypes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()
-
-
-class TwoDevices(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str"),
-        ({"model": nn.ReLU()}, ValueError, "model must have at least one trainable parameter"),
-        ({"model": nn.Linear(2, 2).requires_grad_(False)}, ValueError, "at least one trainable parameter"),
-        ({"model": nn.LazyLinear(2)}, ValueError, "weight of the model has no shape yet"),
-        ({"model": TwoDtypes()}, ValueError, "first.weight is torch.float32 and second.weight torch.bfloat16; dtype="),
-        ({"model": TwoDevices()}, ValueError, "first.weight is on cpu and second.weight on meta; device="),
-        ({"model": nn.Linear(2, 2, dtype=torch.complex64)}, TypeError, "must be float64, float32, bfloat16 or float16"),
-        ({"topology": 4}, TypeError, "topology must be a qgm_ext.topology.Topology, got int"),
-        ({"algorithm": "qg_dsgd"}, ValueError, "algorithm 'qg_dsgd' is not known, did you mean"),
-        ({"engine": "vmpa"}, ValueError, "engine 'vmpa' is not known, did you mean 'vmap'?"),
-        ({"engine": "turbo"}, ValueError, "engine 'turbo' is not known"),
-        ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm must be a finite number above 0, or None, got 0.0"),
-        ({"clip_grad_norm": float("nan")}, ValueError, "clip_grad_norm must be"),
-        ({"clip_grad_norm": "1"}, ValueError, "clip_grad_norm must be"),
-        ({"on_nonfinite": "stop"}, ValueError, "on_nonfinite must be one of raise, skip, ignore, got 'stop'"),
-        ({"dtype": torch.int32}, TypeError, "must be float64, float32, bfloat16 or float16, got torch.int32"),
-        ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype, got str"),
-        ({"lr": -1.0}, ValueError, "lr must be"),
-        ({"momentun": 0.9}, TypeError, "dsgdm has no hyper-parameter 'momentun', did you mean 'momentum'"),
-    ],
-)
-def test_wrong_arguments_are_refused(change, error, message):
-    arguments = {"model": mlp(), "topology": topology.ring(4), "algorithm": "dsgdm", "lr": 0.1, **change}
-    with pytest.raises(error, match=message):
-        Simulator(arguments.pop("model"), arguments.pop("topology"), arguments.pop("algorithm"), **arguments)
-
-
-def test_dtype_makes_parameters_alike():
-    sim = Simulator(TwoDtypes(), topology.ring(2), "dsgd", lr=0.1, dtype=torch.float32)
-    assert sim.opt.x.dtype == torch.float32
-
-
-X, Y = data(0, 3)
-PAIRS = list(zip(X, Y, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("batches", "error", "message"),
-    [
-        (PAIRS[:2], ValueError, r"one \(inputs, targets\) per worker, 3, got 2"),
-        ([], ValueError, "per worker, 3, got 0"),
-        ((X[:2], Y[:2]), ValueError, r"stacked inputs must be \[n, B, ...\] with n = 3 workers, got \[2, 6, 5\]"),
-        ((X, Y[:2]), ValueError, r"stacked targets must be \[n, B, ...\] with n = 3 workers, got \[2, 6\]"),
-        ([*PAIRS[:2], (X[2][:0], Y[2][:0])], ValueError, r"inputs of worker 2 are empty, shape \[0, 5\]"),
-        ((X[:, :0], Y[:, :0]), ValueError, r"inputs are empty, shape \[3, 0, 5\]"),
-        ((X, Y.to("meta")), ValueError, "targets are on meta, the models on cpu"),
-        ([*PAIRS[:2], X[2]], TypeError, r"the batch of worker 2 must be a pair of tensors .*step_closure"),
-        ([*PAIRS[:2], (X[2].numpy(), Y[2])], TypeError, "the batch of worker 2 must be a pair of tensors"),
-        ([*PAIRS[:2], (X[2].to("meta"), Y[2])], ValueError, "inputs of worker 2 are on meta, the models on cpu"),
-        (iter(PAIRS), TypeError, "batches must be a sequence"),
-        (X, TypeError, "batches must be a sequence"),
-    ],
-)
-def test_wrong_batches_are_refused_and_change_nothing(batches, error, message):
-    sim = Simulator(batch_norm(), topology.ring(3), "dsgd", lr=0.1)
-    before = everything(sim)
-    with pytest.raises(error, match=message):
-        sim.step(F.cross_entropy, batches)
-    assert_unchanged(sim, before)
-    assert sim.num_steps == 0
-
-
-@pytest.mark.parametrize("engine", ["loop", "threads", "vmap"])
-@pytest.mark.parametrize("lr", [-0.1, float("nan"), "0.1"])
-def test_wrong_lr_is_refused_and_changes_nothing(lr, engine):
-    sim = Simulator(batch_norm(), topology.ring(3), "dsgd", lr=0.1, engine=engine)
-    before = everything(sim)
-    with pytest.raises(ValueError, match="lr must be"):
-        sim.step(F.cross_entropy, (X, Y), lr=lr)
-    assert_unchanged(sim, before)
-
-
-def test_an_error_in_the_last_worker_leaves_the_buffers_of_the_first():
-    sim = Simulator(batch_norm(), topology.ring(3), "dsgd", lr=0.1)
-    before = everything(sim)
-    with pytest.raises(IndexError):
-        sim.step(F.cross_entropy, [*PAIRS[:2], (X[2], Y[2] + CLASSES)])
-    assert_unchanged(sim, before)
-
-
-@pytest.mark.parametrize(("method", "name"), [("step", "loss_fn"), ("step_closure", "closure")])
-def test_what_is_not_callable_is_refused(method, name):
-    sim = Simulator(mlp(), topology.ring(3), "dsgd", lr=0.1)
-    with pytest.raises(TypeError, match=f"{name} must be callable, got str"):
-        getattr(sim, method)("cross_entropy", PAIRS)
-
-
-@pytest.mark.parametrize(("batches", "error"), [(PAIRS[:2], ValueError), (iter(PAIRS), TypeError), ("abc", TypeError)])
-def test_step_closure_refuses_wrong_batches(batches, error):
-    sim = Simulator(mlp(), topology.ring(3), "dsgd", lr=0.1)
-    with pytest.raises(error, match="batches must"):
-        sim.step_closure(lambda model, batch: model(batch[0]).sum(), batches)
-
-
 # Bookkeeping ----------------------------------------------------------------------------------------------------------
 
 
 def test_timings_and_names():
     sim = Simulator(mlp(), topology.ring(3), "dsgd", lr=0.1)
     assert sim.timings == (0.0, 0.0, 0.0)
-    sim.step(F.cross_entropy, (X, Y))
+    sim.step(F.cross_entropy, data(0, 3))
     spent = sim.timings
     assert spent.gradient > 0
     assert spent.optimizer > 0

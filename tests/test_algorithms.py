@@ -2,34 +2,21 @@
 
 The facts are those of the papers and of linear algebra: a method with its knobs at zero is a simpler one; its fixed
 point under constant step size is known; a doubly stochastic matrix preserves the mean. An algorithm without a row in
-ROWS fails here.
+ROWS fails here. Where much is known of one family it has a file of its own, such as test_qg_dsgdm.py.
 """
 
 from __future__ import annotations
-
-import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from qgm_ext import StackedOptimizer, algorithms, reference, topology
+from quadratic_runs import F64, RING, run, same_path
 from rows import ALGORITHMS
 from rows.base import Quadratics, optimum
-from rows.gut import gut_point
-
-F64 = torch.float64
-
 
 ROWS = {name: row for name, row in ALGORITHMS.items() if not algorithms.get_class(name).needs_simulator}
-
-
-def run(name: str, problem: Quadratics, topo: topology.Topology, steps: int, **hyper: Any) -> StackedOptimizer:
-    opt = StackedOptimizer(torch.zeros_like(problem.a), topo, name, **hyper)
-    for _ in range(steps):
-        opt.step(problem.gradient(opt.x))
-    return opt
 
 
 def test_every_algorithm_has_a_row():
@@ -130,89 +117,10 @@ def test_complete_graph_equals_centralised_sgd_momentum(name):
     torch.testing.assert_close(opt.x, parameter.detach().expand(8, 3), rtol=1e-13, atol=1e-14)
 
 
-def qhm(gradient: Any, theta: torch.Tensor, steps: int, alpha: float, b: float, nu: float) -> torch.Tensor:
-    """Quasi-hyperbolic momentum (Ma, Yarats 2019): s <- b s + (1 - b) g; theta <- theta - alpha ((1 - nu) g + nu s)."""
-    s = torch.zeros_like(theta)
-    for _ in range(steps):
-        g = gradient(theta)
-        s = b * s + (1 - b) * g
-        theta = theta - alpha * ((1 - nu) * g + nu * s)
-    return theta
-
-
-@pytest.mark.parametrize(("beta", "mu"), [(0.9, 0.9), (0.9, 0.5), (0.6, 0.99)])
-@pytest.mark.parametrize("name", ["qg_dsgdm", "qg_dsgdm_n"])
-@pytest.mark.parametrize("topo", [topology.ring(1), topology.complete(8)], ids=["one-worker", "complete-graph"])
-def test_quasi_global_momentum_alone_or_on_the_complete_graph_is_qhm(name, beta, mu, topo):
-    problem = Quadratics(n=topo.num_workers)
-    opt = run(name, problem, topo, 40, lr=0.02, momentum=beta, qg_momentum=mu)
-    power = beta if name == "qg_dsgdm" else beta**2
-    b = mu + (1 - mu) * power
-    expected = qhm(
-        lambda theta: problem.gradient(theta.expand_as(problem.a)).mean(0),
-        torch.zeros(3, dtype=F64), 40, alpha=0.02 / (1 - beta), b=b, nu=power / b,
-    )  # fmt: skip
-    torch.testing.assert_close(opt.x, expected.expand_as(opt.x), rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", ["qg_dsgdm", "qg_dsgdm_n"])
-def test_quasi_global_momentum_with_zero_momentum_is_dsgd(name):
-    problem, topo = Quadratics(), topology.social()
-    problem = Quadratics(n=32)
-    quasi = run(name, problem, topo, 25, lr=0.05, momentum=0.0, weight_decay=0.01)
-    plain = run("dsgd", problem, topo, 25, lr=0.05, weight_decay=0.01)
-    assert torch.equal(quasi.x, plain.x)
-
-
 @pytest.mark.parametrize("name", ["dsgdm", "dsgdm_n"])
 def test_zero_momentum_is_dsgd(name):
     problem, topo = Quadratics(), topology.ring(8)
     assert torch.equal(run(name, problem, topo, 25, lr=0.05, momentum=0.0).x, run("dsgd", problem, topo, 25, lr=0.05).x)
-
-
-@pytest.mark.parametrize("name", ["qg_dsgdm", "qg_dsgdm_n"])
-def test_mean_obeys_the_single_worker_recursion_on_any_graph(name):
-    problem = Quadratics(n=32)
-    opt = StackedOptimizer(torch.zeros_like(problem.a), topology.social(), name, lr=0.05)
-    single = StackedOptimizer(torch.zeros(1, 3, dtype=F64), topology.ring(1), name, lr=0.05)
-    for _ in range(50):
-        g = problem.gradient(opt.x)
-        opt.step(g)
-        single.step(g.mean(0, keepdim=True))
-        torch.testing.assert_close(opt.x.mean(0), single.x[0], rtol=1e-11, atol=1e-12)
-
-
-def consensus_error(n: int, name: str, steps: int) -> float:
-    """Squared distance to the mean after gossip steps with g = 0 on a ring, relative to the start.
-
-    The start is the identity matrix: every eigenvector of W has the same share in it.
-    """
-    x = torch.eye(n, dtype=F64)
-    centre, zero = x.mean(0), torch.zeros_like(x)
-    opt = StackedOptimizer(x, topology.ring(n), name, lr=0.1)
-    for _ in range(steps):
-        opt.step(zero)
-    return float((opt.x - centre).square().sum() / (n - 1))
-
-
-@pytest.mark.parametrize("steps", [10, 50, 100])
-@pytest.mark.parametrize("n", [16, 64])
-def test_consensus_averaging_decays_as_its_eigenvalues_say(n, steps):
-    """Per eigenvalue l of W: x <- l x - l beta m, m <- (1 - mu)(1 - l) x + (mu + (1 - mu) l beta) m."""
-    beta = mu = 0.9
-    eigenvalues = np.linalg.eigvalsh(topology.ring(n).matrix())[:-1]
-    modes = [
-        np.linalg.matrix_power(np.array([[e, -e * beta], [(1 - mu) * (1 - e), mu + (1 - mu) * e * beta]]), steps)[0, 0]
-        for e in eigenvalues
-    ]
-    assert consensus_error(n, "qg_dsgdm", steps) == pytest.approx(np.square(modes).mean(), rel=1e-9)
-    assert consensus_error(n, "dsgd", steps) == pytest.approx((eigenvalues ** (2 * steps)).mean(), rel=1e-9)
-
-
-def test_quasi_global_momentum_speeds_up_consensus_on_long_rings_only():
-    assert consensus_error(16, "qg_dsgdm", 10) < consensus_error(16, "dsgd", 10)
-    assert consensus_error(16, "qg_dsgdm", 100) > 10 * consensus_error(16, "dsgd", 100)
-    assert consensus_error(64, "qg_dsgdm", 500) < 0.01 * consensus_error(64, "dsgd", 500)
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name].graph is topology.ring])
@@ -225,24 +133,6 @@ def test_permuting_the_workers_permutes_the_result(name):
     straight = run(name, problem, topology.from_matrix(w), 20, **hyper)
     shuffled = run(name, permuted, topology.from_matrix(w[np.ix_(order, order)]), 20, **hyper)
     torch.testing.assert_close(shuffled.x, straight.x[order], rtol=1e-12, atol=1e-13)
-
-
-def same_path(
-    one: tuple[str, dict[str, Any]],
-    other: tuple[str, dict[str, Any]],
-    topo: topology.Topology,
-    steps: int = 30,
-    **changes: Any,
-) -> None:
-    """Two algorithms take the same path on heterogeneous quadratics."""
-    problem = Quadratics(n=topo.num_workers)
-    second = changes.get("other_topology", topo)
-    a, b = run(one[0], problem, topo, steps, **one[1]), run(other[0], problem, second, steps, **other[1])
-    torch.testing.assert_close(a.x, b.x, rtol=1e-12, atol=1e-13)
-    assert (a.x - a.x[0]).abs().max() > 1e-3 or topo.name == "complete" or one[0].startswith("c")
-
-
-RING = topology.ring(8)
 
 
 @pytest.mark.parametrize("name", ["dsgdm", "dsgdm_n"])
@@ -286,13 +176,6 @@ def test_d2_is_dsgd_with_a_correction_of_its_last_step():
         new = w @ (x + u + c)
         x, c = new, new - x - u
         torch.testing.assert_close(opt.x, x, rtol=1e-11, atol=1e-12)
-
-
-def test_quasi_global_momentum_on_the_complete_graph_is_momentum_sgd_for_mu_zero_only():
-    complete, hyper = topology.complete(8), {"lr": 0.02, "momentum": 0.8}
-    same_path(("qg_dsgdm", {**hyper, "qg_momentum": 0.0}), ("csgdm", hyper), complete)
-    other = run("qg_dsgdm", Quadratics(), complete, 30, **hyper, qg_momentum=0.5)
-    assert (other.x - run("csgdm", Quadratics(), complete, 30, **hyper).x).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -366,93 +249,6 @@ def test_damsgrad_tracks_the_mean_second_moment():
         torch.testing.assert_close(
             opt.state["tracked_sq"].mean(0), opt.state["max_exp_avg_sq"].mean(0), rtol=1e-12, atol=1e-13
         )
-
-
-def test_decentlam_has_the_fixed_point_of_quasi_global_momentum():
-    problem = Quadratics()
-    a = run("decentlam", problem, RING, 4000, lr=0.05, momentum=0.6)
-    b = run("qg_dsgdm", problem, RING, 4000, lr=0.05, momentum=0.6)
-    torch.testing.assert_close(a.x, b.x, rtol=0, atol=1e-9)
-
-
-def test_gut_without_tracking_takes_the_gradient_at_the_mixed_point():
-    problem, w = Quadratics(), torch.tensor(RING.matrix())
-    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "gut", lr=0.05, scaling=0.0)
-    p = torch.zeros_like(problem.a)
-    for _ in range(30):
-        opt.step(problem.gradient(opt.x))
-        p = w @ p - 0.05 * problem.gradient(w @ p)
-        torch.testing.assert_close(opt.x, w @ p, rtol=1e-12, atol=1e-13)
-    # The second momentum rule of those codes: y+ = W (y - eta g(y)) + beta (y - y_prev).
-    opt = StackedOptimizer(torch.zeros_like(problem.a), RING, "qg_gutm", lr=0.05, scaling=0.0, momentum=0.9)
-    y = y_before = torch.zeros_like(problem.a)
-    for _ in range(30):
-        opt.step(problem.gradient(opt.x))
-        y, y_before = w @ (y - 0.05 * problem.gradient(y)) + 0.9 * (y - y_before), y
-        torch.testing.assert_close(opt.x, y, rtol=1e-10, atol=1e-11)
-
-
-@pytest.mark.filterwarnings("ignore:qg_gutm.*diverges")
-@pytest.mark.parametrize("gamma", [1.0, 0.7])
-@pytest.mark.parametrize("name", ["gut", "qg_gutm", "qg_gutm_n"])
-def test_gut_follows_its_equations_in_terms_of_own_models(name, gamma):
-    """The authors' order: mix what has been received, take the gradient there, then move the own model."""
-    problem, w, mu, wd = Quadratics(), torch.tensor(RING.matrix()), 0.3, 0.01
-    beta, b = {"gut": (0.0, 1.0), "qg_gutm": (0.8, 1.8), "qg_gutm_n": (0.8, 1.8 + 0.64)}[name]
-    hyper = {} if name == "gut" else {"momentum": beta, "nesterov": name == "qg_gutm_n"}
-    base = name.removesuffix("_n")
-    opt = StackedOptimizer(
-        torch.ones_like(problem.a), RING, base, lr=0.05, scaling=mu, gamma=gamma, weight_decay=wd, **hyper
-    )
-    p = before = torch.ones_like(problem.a)
-    delta_before = m = torch.zeros_like(p)
-    lr_before = 0.05
-    for t in range(12):
-        lr = 0.05 if t < 6 else 0.005
-        r = w @ p - p
-        x = p + gamma * r
-        torch.testing.assert_close(opt.x, x, rtol=1e-11, atol=1e-12)
-        delta = problem.gradient(x) + wd * x - r / lr_before
-        y = delta - mu / lr_before * (w @ (p - before) + b * (w @ before - before)) - mu * delta_before
-        m = beta * m + y
-        d = {"gut": y, "qg_gutm": m, "qg_gutm_n": y + beta * m}[name]
-        opt.step(problem.gradient(opt.x), lr=lr)
-        p, before, delta_before, lr_before = p - lr * d + (gamma - gamma**2) * r, p, delta, lr
-
-
-@pytest.mark.parametrize(("gamma", "beta"), [(0.7, None), (0.6, 0.9)])
-def test_gut_with_partial_averaging_has_the_fixed_point_of_its_equations(gamma, beta):
-    problem, w = Quadratics(), torch.tensor(RING.matrix())
-    name, mu, b = ("gut", 0.3, 1.0) if beta is None else ("qg_gutm", 0.06, 1.0 + beta)
-    opt = run(name, problem, RING, 4000, lr=0.01, scaling=mu, gamma=gamma)
-    expected = gut_point(0.01, mu, b, gamma, beta or 0.0)(problem, w)
-    torch.testing.assert_close(opt.x, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("hyper", "limit"),
-    [({}, -0.357), ({"gamma": 0.9}, -0.315), ({"momentum": 0.9, "nesterov": True}, -0.452), ({"momentum": 0.9}, None)],
-    ids=["gut", "gut-0.9", "qg_gutm_n", "qg_gutm"],
-)
-def test_gut_knows_where_its_gossip_diverges(hyper, limit):
-    name = "qg_gutm" if "momentum" in hyper else "gut"
-    algorithm = algorithms.get(name, lr=0.1, **hyper)
-    grows = [algorithm.gossip_growth(value) > 1 + 1e-6 for value in np.linspace(-1.0, 0.999, 2000)]
-    assert sum(grows) == pytest.approx(0 if limit is None else 1000 * (1 + limit), abs=3)
-    if limit is not None:
-        assert algorithm.gossip_growth(limit - 0.005) > 1 + 1e-6
-        assert algorithm.gossip_growth(limit + 0.005) < 1 + 1e-9
-    social, start = topology.social(), torch.ones(32, 4, dtype=F64)
-    diverges = limit is not None and limit > social.lambda_n
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        opt = StackedOptimizer(start, social, algorithm)
-    assert [f"{name} with scaling" in str(warning.message) for warning in caught] == [True] * diverges
-    # A small push apart, then gossip alone: it grows without bound, or dies away.
-    opt.step(torch.randn(32, 4, dtype=F64, generator=torch.Generator().manual_seed(0)), lr=0.1)
-    for _ in range(3000):
-        opt.step(torch.zeros_like(start))
-    assert bool(opt.x.isfinite().all() and opt.consensus_distance() < 1e-6) != diverges
 
 
 def test_slowmo_without_slow_momentum_is_exact_averaging():

@@ -11,7 +11,9 @@ import os
 import pytest
 
 # Assertions in these helpers show what differs, as those in tests do.
-pytest.register_assert_rewrite("quadratic_runs", "simulator_runs", "small_training", "train_runs")
+pytest.register_assert_rewrite(
+    "cross_gradient_runs", "quadratic_runs", "simulator_runs", "small_training", "train_runs"
+)
 
 os.environ["PYTHONSAFEPATH"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:

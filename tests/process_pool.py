@@ -1,7 +1,8 @@
-"""Processes that tests run functions in, as the workers of a process group; started once, used by many tests.
+"""Processes that tests run functions in, as the workers of a process group.
 
-Importing torch takes seconds, so one set of processes serves a whole test module. A call that does not come back in
-time is a hang: the processes are killed and the test fails.
+Importing torch takes seconds: a :class:`ProcessPool` is started once and serves a whole test module; the processes of
+:class:`Processes`, which a test may kill, are forked from a server that has done the imports. What does not end in time
+is a hang: the processes are killed and the test fails.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,52 @@ class ProcessPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _run_logged(function: Callable[..., None], rank: int, log: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(log, "w")  # noqa: SIM115 - until the process ends
+    function(rank, *arguments)
+
+
+class Processes:
+    """``size`` processes that run ``function(rank, *arguments)`` once, and that a test may kill.
+
+    Args:
+        log: how the names of the files begin that hold what each has to say on stderr.
+        preload: modules that the server imports, of which all of these processes are forked.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], size: int, *arguments: Any, log: str, preload: Sequence[str]
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        self._logs = [Path(f"{log}-{rank}.log") for rank in range(size)]
+        self.members: list[BaseProcess] = []
+        for rank, file in enumerate(self._logs):
+            process = context.Process(target=_run_logged, args=(function, rank, str(file), arguments))
+            process.start()
+            self.members.append(process)
+
+    @property
+    def logs(self) -> str:
+        """What all of them have said."""
+        said = [(rank, file.read_text()) for rank, file in enumerate(self._logs) if file.exists()]
+        return "\n".join(f"rank {rank}: {text}" for rank, text in said)
+
+    def end(self, limit: float = 240.0) -> list[int | None]:
+        """Wait for all of them; their exit codes by rank.
+
+        Raises:
+            AssertionError: if one has not ended after ``limit`` seconds. None of them lives on.
+        """
+        end = time.monotonic() + limit
+        for process in self.members:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.members) if process.is_alive()]
+        for process in self.members:
+            process.kill()
+            process.join()
+        assert not hanging, f"ranks {hanging} have not ended after {limit:g} s: a hang\n{self.logs}"
+        return [process.exitcode for process in self.members]

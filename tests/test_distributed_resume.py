@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from process_pool import process_group
+from process_pool import Processes, process_group
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.train import Training, run
 
@@ -35,6 +33,8 @@ CONFIG: dict[str, Any] = {
     "topology": "one_peer_exponential",
     "eval_every": 1,
 }
+PRELOAD = ["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure"]
+LIMIT = 150.0  # seconds after which workers that have not ended hang
 FIGURES = ("step", "loss", "accuracy_local_mean", "accuracy_average", "consensus_distance", "lr", "bytes_sent")
 
 
@@ -46,8 +46,6 @@ def one_worker(
     rank: int, size: int, store: str, out: str, config: dict[str, Any], stop: int | None, seconds: float
 ) -> None:
     """Start the run in ``out`` or go on with it; ``stop``: the last worker shall end after so many steps."""
-    torch.set_num_threads(1)
-    sys.stderr = open(f"{store}-{rank}.log", "w")  # noqa: SIM115 - until the process ends
     with process_group(rank, size, store):
         started = (Path(out) / "config.json").exists()
         torch.distributed.barrier()
@@ -61,8 +59,8 @@ def one_worker(
             torch.save({"model": model, "metrics": result.metrics, "notes": notes}, f"{store}-{rank}.pt")
 
 
-class Workers:
-    """``size`` processes that train in ``out``; forked from a server that has done the imports."""
+class Workers(Processes):
+    """``size`` processes that train in ``out``."""
 
     def __init__(
         self,
@@ -73,31 +71,13 @@ class Workers:
         seconds: float = 5.0,
         config: dict[str, Any] = CONFIG,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure"])
         self.store = str(folder / f"store-{time.monotonic_ns()}")
-        self.processes: list[BaseProcess] = []
-        for rank in range(size):
-            process = context.Process(target=one_worker, args=(rank, size, self.store, str(out), config, stop, seconds))
-            process.start()
-            self.processes.append(process)
-
-    def end(self, limit: float = 150.0) -> bool:
-        """Wait for all of them; whether they ended well. A hang is a failure."""
-        end = time.monotonic() + limit
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        assert not hanging, f"ranks {hanging} have not ended after {limit:g} s: a hang"
-        return all(process.exitcode == 0 for process in self.processes)
+        arguments = (size, self.store, str(out), config, stop, seconds)
+        super().__init__(one_worker, size, *arguments, log=self.store, preload=PRELOAD)
 
     def results(self) -> list[dict[str, Any]]:
-        good = self.end()
-        assert good, "\n".join(Path(f"{self.store}-{rank}.log").read_text() for rank in range(len(self.processes)))
-        return [torch.load(f"{self.store}-{rank}.pt") for rank in range(len(self.processes))]
+        assert not any(self.end(LIMIT)), self.logs
+        return [torch.load(f"{self.store}-{rank}.pt") for rank in range(len(self.members))]
 
 
 def figures(metrics: list[dict[str, Any]]) -> list[list[Any]]:
@@ -115,8 +95,8 @@ def own_figures(out: Path, rank: int, size: int = SIZE) -> list[list[Any]]:
 
 def kill(workers: Workers, victims: list[int]) -> None:
     for victim in victims:
-        pid = workers.processes[victim].pid
-        if pid is not None and workers.processes[victim].is_alive():
+        pid = workers.members[victim].pid
+        if pid is not None and workers.members[victim].is_alive():
             os.kill(pid, signal.SIGKILL)
 
 
@@ -145,7 +125,7 @@ def test_killed_workers_go_on_to_the_same_bits(tmp_path: Path, more: dict[str, A
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.03))  # anywhere in a step, or in the middle of saving
         kill(workers, [draw.randrange(SIZE)] if attempt % 2 else list(range(SIZE)))
-        assert not workers.end()
+        assert any(workers.end(LIMIT))
         assert not (killed / "summary.json").exists()
     found = Workers(tmp_path, killed).results()
     for rank in range(SIZE):
@@ -165,7 +145,7 @@ def test_killed_workers_go_on_with_old_messages_and_count_them_on(tmp_path: Path
     while not (out.exists() and saved_steps(out) > 4) and time.monotonic() < end:
         time.sleep(0.005)
     kill(workers, [1])
-    assert not workers.end()
+    assert any(workers.end(LIMIT))
     step = saved_steps(out)
     found = Workers(tmp_path, out).results()
     summary = json.loads((out / "summary.json").read_text())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from process_pool import process_group
+from process_pool import Processes, process_group
 from qgm_ext.distributed.survivors import Survivors
 from qgm_ext.evaluate import accuracy_and_loss
 from qgm_ext.experiments.config import TrainConfig
@@ -58,8 +56,6 @@ def die_in_a_meeting(survivors: Survivors, moment: str) -> None:
 
 
 def one_worker(rank: int, store: str, out: str, deaths: dict[int, tuple[int, str]], seconds: float) -> None:
-    torch.set_num_threads(1)
-    sys.stderr = open(f"{store}-{rank}.log", "w")  # noqa: SIM115 - until the process ends
     with process_group(rank, SIZE, store):
         resumes = (Path(out) / "config.json").exists()
         torch.distributed.barrier()
@@ -94,24 +90,12 @@ def one_worker(rank: int, store: str, out: str, deaths: dict[int, tuple[int, str
 
 
 def run(folder: Path, deaths: dict[int, tuple[int, str]], seconds: float = 5.0) -> dict[int, dict[str, Any]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure", "test_heal_train"])
     store = str(folder / f"store-{time.monotonic_ns()}")
     arguments = (store, str(folder / "run"), deaths, seconds)
-    processes = [context.Process(target=one_worker, args=(rank, *arguments)) for rank in range(SIZE)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + 240
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-        process.join()
-    logs = "\n".join(f"rank {rank}: {Path(f'{store}-{rank}.log').read_text()}" for rank in range(SIZE))
-    assert not hanging, f"ranks {hanging} have not ended: a hang\n{logs}"
-    for rank, process in enumerate(processes):
-        assert process.exitcode == (-signal.SIGKILL if rank in deaths else 0), f"rank {rank}\n{logs}"
+    preload = ["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure", "test_heal_train"]
+    processes = Processes(one_worker, SIZE, *arguments, log=store, preload=preload)
+    for rank, code in enumerate(processes.end()):
+        assert code == (-signal.SIGKILL if rank in deaths else 0), f"rank {rank}\n{processes.logs}"
     return {rank: torch.load(f"{store}-{rank}.pt") for rank in range(SIZE) if rank not in deaths}
 
 

@@ -4,15 +4,12 @@ stacked optimizer with the healed matrices. Real processes, Gloo, loopback; ever
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
 import signal
-import sys
 import threading
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from process_pool import process_group
+from process_pool import Processes, process_group
 from qgm_ext import StackedOptimizer, topology
 from qgm_ext.distributed import PeerLostError, checkpoint
 from qgm_ext.distributed.healing import HealingEngine
@@ -29,6 +26,7 @@ from qgm_ext.mixing import Mixing
 from qgm_ext.optim import QGSGD, Decentralized
 
 DIM = 300
+PRELOAD = ["qgm_ext.optim", "torch.distributed.checkpoint", "test_peer_loss"]
 BUCKET_MB = 6e-4  # 128 numbers, so that there are three buckets
 
 
@@ -81,8 +79,6 @@ def die_halfway(engine: HealingEngine) -> None:
 
 def one_worker(rank: int, store: str, case: Case) -> None:
     """Train, die if that is the case's wish, and write down how it went."""
-    torch.set_num_threads(1)
-    sys.stderr = open(f"{store}-{rank}.log", "w")  # noqa: SIM115 - until the process ends
     draw = random.Random(rank)
     death = case.deaths.get(rank)
     with process_group(rank, case.n, store, of_rank_0=case.store_of_rank_0):
@@ -134,26 +130,12 @@ def one_worker(rank: int, store: str, case: Case) -> None:
 
 def run(folder: Path, case: Case, limit: float = 240.0, store: str = "") -> dict[int, dict[str, Any]]:
     """Run the case; what the survivors have to tell. A hang is a failure."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qgm_ext.optim", "torch.distributed.checkpoint", "test_peer_loss"])
     store = store or str(folder / f"store-{time.monotonic_ns()}")
-    processes: list[BaseProcess] = []
-    for rank in range(case.n):
-        processes.append(context.Process(target=one_worker, args=(rank, store, case)))
-        processes[-1].start()
-    end = time.monotonic() + limit
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-        process.join()
-    logs = "\n".join(f"rank {rank}: {Path(f'{store}-{rank}.log').read_text()}" for rank in range(case.n))
-    assert not hanging, f"ranks {hanging} have not ended after {limit:g} s: a hang\n{logs}"
-    for rank, process in enumerate(processes):
-        assert process.exitcode == (-signal.SIGKILL if rank in case.deaths else 0), f"rank {rank}\n{logs}"
+    processes = Processes(one_worker, case.n, store, case, log=store, preload=PRELOAD)
+    for rank, code in enumerate(processes.end(limit)):
+        assert code == (-signal.SIGKILL if rank in case.deaths else 0), f"rank {rank}\n{processes.logs}"
     left = [rank for rank in range(case.n) if rank not in case.deaths and rank not in case.silent]
-    return {rank: torch.load(f"{store}-{rank}.pt") for rank in left} | {-1: {"logs": logs}}
+    return {rank: torch.load(f"{store}-{rank}.pt") for rank in left} | {-1: {"logs": processes.logs}}
 
 
 def stacked(case: Case, lost: dict[int, int]) -> Tensor:
@@ -337,7 +319,6 @@ def test_a_matrix_without_workers_is_doubly_stochastic_among_the_others(name: st
 
 
 def refusals(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
     wrong: list[tuple[str, str, dict[str, Any], str]] = [
         ("qg_dsgdm_n", "one_peer_exponential", {}, "symmetric, .*those of 'one_peer_exponential' are not"),
         ("d2", "ring", {}, "d2 can't lose workers: .*on_peer_loss must be 'raise', got 'heal'"),
@@ -354,14 +335,9 @@ def refusals(rank: int, store: str) -> None:
 
 
 def test_what_can_not_heal_is_refused_at_the_start(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
     store = str(tmp_path / "store")
-    processes = [context.Process(target=refusals, args=(rank, store)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    processes = Processes(refusals, 3, store, log=store, preload=PRELOAD)
+    assert processes.end() == [0, 0, 0], processes.logs
 
 
 def test_on_peer_loss_must_be_known() -> None:

@@ -1,7 +1,7 @@
 """Whether all workers were started alike: a comparison of what each of them says about itself.
 
-What is exchanged is JSON in tensors of bytes; nothing that a peer sends is unpickled. :func:`as_bytes` and
-:func:`collective_device` are for others that exchange such tensors.
+What is exchanged is JSON in tensors of bytes; nothing that a peer sends is unpickled. :func:`gather_bytes`,
+:func:`as_bytes` and :func:`collective_device` are for others that exchange such tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["DisagreementError", "as_bytes", "check_agreement", "collective_device", "gather_json"]
+__all__ = ["DisagreementError", "as_bytes", "check_agreement", "collective_device", "gather_bytes", "gather_json"]
 
 _LARGEST = 1 << 28  # bytes that a worker may say about itself; more is garbage
 
@@ -34,19 +34,11 @@ def gather_json(group: dist.ProcessGroup | None, content: Any, device: torch.dev
     Raises:
         ValueError: if a worker sends something else; its rank is named.
     """
-    text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8).to(device)
-    size = dist.get_world_size(group)
-    lengths = _gather(group, torch.tensor([len(text)], dtype=torch.int64, device=device), size)
-    for rank, length in enumerate(lengths):
-        if not 0 < int(length) <= _LARGEST:
-            raise ValueError(f"rank {rank} announces {int(length)} bytes about itself: it does not run this program")
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(text)] = text
     found = []
-    for rank, (length, row) in enumerate(zip(lengths, _gather(group, padded, size), strict=True)):
+    text = json.dumps(content).encode()
+    for rank, theirs in enumerate(gather_bytes(group, text, device, largest=_LARGEST)):
         try:
-            found.append(json.loads(bytes(row[: int(length)].cpu().numpy()).decode()))
+            found.append(json.loads(theirs.decode()))
         except ValueError as error:
             raise ValueError(
                 f"rank {rank} sends no JSON about itself ({error}): it does not run this program"
@@ -54,10 +46,42 @@ def gather_json(group: dist.ProcessGroup | None, content: Any, device: torch.dev
     return found
 
 
-def _gather(group: dist.ProcessGroup | None, mine: Tensor, size: int) -> list[Tensor]:
-    out = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(out, mine, group=group)
-    return out
+def gather_bytes(
+    group: dist.ProcessGroup | None,
+    mine: bytes,
+    device: torch.device,
+    *,
+    largest: int | None = None,
+    only_first: bool = False,
+) -> list[bytes]:
+    """What every worker of a group sends, by rank; a collective.
+
+    Args:
+        group: the workers.
+        mine: of this worker, at least one byte.
+        device: where the group's backend wants its tensors.
+        largest: how many bytes a worker may send, or None for any number.
+        only_first: give it to rank 0 of the group only, and an empty list to the others.
+
+    Raises:
+        ValueError: if a worker announces no bytes or more than ``largest``; its rank is named.
+    """
+    size = dist.get_world_size(group)
+    announced = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(announced, torch.tensor([len(mine)], dtype=torch.int64, device=device), group=group)
+    lengths = [int(length) for length in announced]
+    for rank, length in enumerate(lengths):
+        if length <= 0 or (largest is not None and length > largest):
+            raise ValueError(f"rank {rank} announces {length} bytes about itself: it does not run this program")
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    receives = not only_first or dist.get_rank(group) == 0
+    rows = [torch.empty_like(padded) for _ in range(size)] if receives else []
+    if only_first:
+        dist.gather(padded, rows or None, 0 if group is None else dist.get_global_rank(group, 0), group=group)
+    else:
+        dist.all_gather(rows, padded, group=group)
+    return [bytes(row[:length].cpu().numpy()) for row, length in zip(rows, lengths, strict=False)]
 
 
 def check_agreement(group: dist.ProcessGroup | None, fields: Mapping[str, Any], device: torch.device) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import profiler
 
-from qgm_ext.distributed.agreement import collective_device
+from qgm_ext.distributed.agreement import collective_device, gather_bytes
 
 if TYPE_CHECKING:
     from qgm_ext.distributed.exchange import Stamp
@@ -77,8 +77,12 @@ def trace(path: str | os.PathLike[str], group: dist.ProcessGroup | None = None) 
     several = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
     mine = _recorded(recorded, rank, size)
-    found = _gather(mine, group, rank, size) if several else [mine]
-    if found is None:
+    found = [mine]
+    if several:
+        packed = zlib.compress(json.dumps(mine).encode(), 1)
+        every = gather_bytes(group, packed, collective_device(group), only_first=True)
+        found = [json.loads(zlib.decompress(text)) for text in every]
+    if rank > 0:
         return
     events = []
     for one in found:
@@ -138,21 +142,3 @@ def _recorded(recorded: torch.profiler.profile, rank: int, size: int) -> dict[st
                 event["id"] = f"{rank}.{event['id']}"
             events.append(event)
     return {"base": content.get("baseTimeNanoseconds", 0), "events": events}
-
-
-def _gather(mine: Any, group: dist.ProcessGroup | None, rank: int, size: int) -> list[Any] | None:
-    """What all workers have recorded, on rank 0, else None."""
-    device = collective_device(group)
-    packed = torch.frombuffer(bytearray(zlib.compress(json.dumps(mine).encode(), 1)), dtype=torch.uint8).to(device)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor([len(packed)], device=device), group=group)
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(packed)] = packed
-    rows = [torch.empty_like(padded) for _ in range(size)] if rank == 0 else None
-    first = 0 if group is None else dist.get_global_rank(group, 0)
-    dist.gather(padded, rows, first, group=group)
-    if rows is None:
-        return None
-    texts = (bytes(row[: int(length)].cpu().numpy()) for row, length in zip(rows, lengths, strict=True))
-    return [json.loads(zlib.decompress(text)) for text in texts]

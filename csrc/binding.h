@@ -1,5 +1,5 @@
 // What the Python bindings of all backends share: from integers to arguments, and the checks that keep
-// a wrong call from becoming a wild read. qgm_ext/ops.py, the only caller, has checked all else.
+// a wrong call from becoming a wild read. qgm_ext/_ops.py, the only caller, has checked all else.
 //
 // A Backend has: registry(), a vector of entries (name, hyper, states, messages, row_scalars, merge_reads_x,
 // merge_reads_grad, norm_state, and gossip_step, local_step, merge by dtype); the types GossipStep, LocalStep,

@@ -11,7 +11,7 @@
 #define QGM_HD inline __attribute__((always_inline))
 #endif
 
-// The loops of the CPU drivers touch rows that never overlap (checked in qgm_ext/ops.py), which the
+// The loops of the CPU drivers touch rows that never overlap (checked in qgm_ext/_ops.py), which the
 // compiler cannot know of pointers taken from an array.
 #if defined(__clang__)
 #define QGM_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")

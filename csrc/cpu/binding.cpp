@@ -1,5 +1,5 @@
 // Python binding of the CPU kernels: module qgm_ext._cpu. Pointers and sizes come in as integers,
-// checked by qgm_ext/ops.py, the only caller; no torch header is needed.
+// checked by qgm_ext/_ops.py, the only caller; no torch header is needed.
 #include "../binding.h"
 
 #include <algorithm>

@@ -1,0 +1,471 @@
+"""The ops as torch sees them: schemas, argument checks and dispatch to the native kernels; qgm_ext/ops.py has them as
+users call them. Nothing else names the native modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qgm_ext.hints import did_you_mean
+
+__all__ = ["REDUCE_BLOCK", "Rule", "block_sums_shape", "compute_dtype", "has_native", "rules"]
+
+# The codes of csrc/cpu/registry.h and csrc/mixing.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
+#: Coordinates that a reduction sums together first: kReduceBlock of csrc/arguments.h.
+REDUCE_BLOCK = 4096
+_REDUCE_LANES = 256  # kReduceLanes
+
+
+class Rule(NamedTuple):
+    """What a compiled rule takes: its code in the native table, and how many vectors and numbers."""
+
+    code: int
+    name: str
+    hyper: int
+    states: int
+    messages: int
+    row_scalars: int
+    merge_reads_x: bool
+    merge_reads_grad: bool
+    norm_state: int  # the state whose squares a pass sums by blocks, -1 for none
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic, state and messages have for parameters of ``dtype``: float64, else float32.
+
+    Raises:
+        TypeError: if dtype is not float64, float32, bfloat16 or float16.
+    """
+    if dtype not in _DTYPES:
+        raise TypeError(f"parameters must be float64, float32, bfloat16 or float16, got {dtype}")
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _native(device: str) -> ModuleType:
+    """The native module of a device type, imported after torch so that both share one OpenMP pool."""
+    name = {"cpu": "_cpu", "cuda": "_cuda"}[device]
+    try:
+        return importlib.import_module(f"qgm_ext.{name}")
+    except ImportError as error:
+        how = (
+            "build it with `pip install .` in the source folder (needs a C++17 compiler)"
+            if device == "cpu"
+            else "build it with `QGM_CUDA=1 pip install .` in the source folder (needs nvcc of the CUDA toolkit)"
+        )
+        raise ImportError(
+            f"the native module qgm_ext.{name} could not be imported ({error}): {how}; "
+            "in a source checkout, leave the folder after installing or use `pip install -e .`"
+        ) from error
+
+
+def has_native(device: Literal["cpu", "cuda"]) -> bool:
+    """Whether the native kernels of a device type are built (for cuda: not whether a GPU is present).
+
+    Raises:
+        ValueError: if device is neither "cpu" nor "cuda".
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    try:
+        _native(device)
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _rule_table(device: str) -> dict[str, Rule]:
+    return {entry["name"]: Rule(index, **entry) for index, entry in enumerate(_native(device).rules())}
+
+
+def rules(device: Literal["cpu", "cuda"] = "cpu") -> Mapping[str, Rule]:
+    """The compiled rules of a device type by name."""
+    return MappingProxyType(_rule_table(device))
+
+
+def _rule(op: str, device: str, name: str) -> Rule:
+    table = _rule_table(device)
+    rule = table.get(name)
+    if rule is None:
+        hint = did_you_mean(name, table, f"there are {', '.join(sorted(table))}")
+        raise ValueError(f"{op}: rule {name!r} is not known, {hint}")
+    return rule
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _check_like(
+    op: str, name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        wanted = f"{list(shape)} {str(dtype).removeprefix('torch.')} on {device}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {_describe(tensor)}")
+    if tensor.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(f"{op}: {name} must be contiguous along its last dimension, got strides {tensor.stride()}")
+
+
+def _check_x(op: str, x: Tensor, dimensions: int) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{op}: x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != dimensions or x.numel() == 0:
+        wanted = "[n, D] with n >= 1 and D >= 1" if dimensions == 2 else "[D] with D >= 1"
+        raise ValueError(f"{op}: x must have shape {wanted}, got {list(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{op}: x must be contiguous along its last dimension, got strides {x.stride()}")
+    if dimensions == 2 and x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{op}: the rows of x must not overlap, got shape {list(x.shape)} with strides {x.stride()}")
+
+
+def _check_disjoint(op: str, written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse buffers that share memory: a kernel would read what it has already overwritten."""
+    spans = []
+    for kind, tensors in ((True, written), (False, read)):
+        for name, tensor in tensors:
+            begin = tensor.data_ptr()
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((begin, begin + extent * tensor.element_size(), kind, name))
+    spans.sort()
+    end, writes, previous = spans[0][1:]
+    for begin, stop, kind, name in spans[1:]:
+        if begin < end and (kind or writes):
+            raise ValueError(f"{op}: {previous} and {name} overlap in memory; each must have its own")
+        if stop > end:
+            end, previous, writes = stop, name, kind
+
+
+def _check_counts(op: str, rule: Rule, state: Sequence[Tensor], hyper: Sequence[float]) -> None:
+    if len(state) != rule.states:
+        raise ValueError(f"{op}: rule {rule.name!r} takes {rule.states} state vectors, got {len(state)}")
+    if len(hyper) != rule.hyper:
+        raise ValueError(f"{op}: rule {rule.name!r} takes {rule.hyper} hyper-parameters, got {len(hyper)}")
+
+
+def _row_scalars(op: str, rule: Rule, row_scalars: Tensor | None, x: Tensor) -> int:
+    """The address of a rule's numbers for each worker, or 0 for a rule that has none."""
+    if row_scalars is None:
+        if rule.row_scalars:
+            raise ValueError(f"{op}: rule {rule.name!r} takes {rule.row_scalars} row_scalars a worker, got none")
+        return 0
+    if not rule.row_scalars:
+        raise ValueError(f"{op}: rule {rule.name!r} takes no row_scalars, got {_describe(row_scalars)}")
+    shape = torch.Size((*x.shape[:-1], rule.row_scalars))
+    _check_like(op, "row_scalars", row_scalars, shape, compute_dtype(x.dtype), x.device)
+    if not row_scalars.is_contiguous():
+        raise ValueError(f"{op}: row_scalars must be contiguous, got strides {row_scalars.stride()}")
+    return row_scalars.data_ptr()
+
+
+def _block_sums(op: str, rule: Rule, block_sums: Tensor | None, x: Tensor) -> int:
+    """The address where a rule's pass leaves its block sums, or 0 for a rule that has no norm."""
+    if block_sums is None:
+        if rule.norm_state >= 0:
+            raise ValueError(f"{op}: rule {rule.name!r} sums squares of its state and needs block_sums, got none")
+        return 0
+    if rule.norm_state < 0:
+        raise ValueError(f"{op}: rule {rule.name!r} takes no block_sums, got {_describe(block_sums)}")
+    _check_like(op, "block_sums", block_sums, block_sums_shape(x), torch.float64, x.device)
+    if not block_sums.is_contiguous():
+        raise ValueError(f"{op}: block_sums must be contiguous, got strides {block_sums.stride()}")
+    return block_sums.data_ptr()
+
+
+def block_sums_shape(x: Tensor) -> torch.Size:
+    """Of the block sums of x: one number for each row and :data:`REDUCE_BLOCK` coordinates."""
+    return torch.Size((*x.shape[:-1], -(-x.shape[-1] // REDUCE_BLOCK)))
+
+
+def _launch(device: torch.device) -> tuple[int, ...]:
+    """What a native call needs besides its data: the thread count, or the device and its current stream."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return (device.index, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _gossip_step(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    row_offsets: Tensor,
+    columns: Tensor,
+    weights: Tensor,
+    form: str,
+    rule: str,
+    hyper: list[float],
+    row_scalars: Tensor | None = None,
+    block_sums: Tensor | None = None,
+) -> None:
+    op, device = "gossip_step_", x.device
+    _check_x(op, x, 2)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    shape, compute = x.shape, compute_dtype(x.dtype)
+    _check_like(op, "g", g, shape, x.dtype, device)
+    for k, vector in enumerate(state):
+        _check_like(op, f"state[{k}]", vector, shape, compute, device)
+        if vector.stride(0) != state[0].stride(0):
+            raise ValueError(
+                f"{op}: all state vectors must have one row stride, "
+                f"got {state[0].stride(0)} and, for state[{k}], {vector.stride(0)}"
+            )
+    if form not in _FORMS:
+        raise ValueError(f"{op}: form must be one of {', '.join(_FORMS)}, got {form!r}")
+    _check_like(op, "row_offsets", row_offsets, torch.Size((shape[0] + 1,)), torch.int32, device)
+    _check_like(op, "columns", columns, columns.shape, torch.int32, device)
+    _check_like(op, "weights", weights, columns.shape, compute, device)
+    _check_disjoint(op, [("x", x), *((f"state[{k}]", vector) for k, vector in enumerate(state))], [("g", g)])
+    sums, lanes = _block_sums(op, known, block_sums, x), None
+    if sums and device.type == "cuda":  # freed on return, as in _reduce
+        lanes = torch.empty((*block_sums_shape(x), _REDUCE_LANES), dtype=compute, device=device)
+    _native(device.type).gossip_step(
+        known.code,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        shape[0],
+        shape[1],
+        x.stride(0),
+        g.stride(0),
+        state[0].stride(0) if state else 0,
+        _FORMS[form],
+        row_offsets.data_ptr(),
+        columns.data_ptr(),
+        weights.data_ptr(),
+        columns.numel(),
+        hyper,
+        _row_scalars(op, known, row_scalars, x),
+        sums,
+        0 if lanes is None else lanes.data_ptr(),
+        *_launch(device),
+    )
+
+
+def _relay_step(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: Tensor,
+    offsets: Tensor,
+    senders: Tensor,
+    reverse: Tensor,
+    counts: Tensor,
+    rule: str,
+    hyper: list[float],
+) -> None:
+    op, device = "relay_step_", x.device
+    _check_x(op, x, 2)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    compute, (n, dim), trees = compute_dtype(x.dtype), x.shape, offsets.shape[0]
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    for k, vector in enumerate(state):
+        _check_like(op, f"state[{k}]", vector, x.shape, compute, device)
+        if vector.stride(0) != state[0].stride(0):
+            raise ValueError(f"{op}: all state vectors must have one row stride, state[{k}] has another")
+    edges = 2 * (n - 1)
+    _check_like(op, "messages", messages, torch.Size((edges, dim)), compute, device)
+    _check_like(op, "offsets", offsets, torch.Size((trees, n + 1)), torch.int32, device)
+    _check_like(op, "senders", senders, torch.Size((trees, edges)), torch.int32, device)
+    _check_like(op, "reverse", reverse, torch.Size((trees, edges)), torch.int32, device)
+    _check_like(op, "counts", counts, torch.Size((trees, n)), compute, device)
+    for name, tensor in (("offsets", offsets), ("senders", senders), ("reverse", reverse), ("counts", counts)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
+    kept = [("messages", messages)] if edges else []
+    _check_disjoint(op, [("x", x), *kept, *((f"state[{k}]", v) for k, v in enumerate(state))], [("g", g)])
+    _native(device.type).relay_step(
+        rule,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        n,
+        dim,
+        x.stride(0),
+        g.stride(0),
+        state[0].stride(0) if state else 0,
+        trees,
+        offsets.data_ptr(),
+        senders.data_ptr(),
+        reverse.data_ptr(),
+        messages.data_ptr(),
+        messages.stride(0),
+        counts.data_ptr(),
+        hyper,
+        *_launch(device),
+    )
+
+
+def _local_step(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: list[Tensor],
+    rule: str,
+    hyper: list[float],
+    row_scalars: Tensor | None = None,
+) -> None:
+    op, device = "local_step_", x.device
+    _check_x(op, x, 1)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    if len(messages) != known.messages:
+        raise ValueError(f"{op}: rule {rule!r} makes {known.messages} messages, got {len(messages)} to write")
+    compute = compute_dtype(x.dtype)
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    written = [
+        *((f"state[{k}]", vector) for k, vector in enumerate(state)),
+        *((f"messages[{k}]", message) for k, message in enumerate(messages)),
+    ]
+    for name, vector in written:
+        _check_like(op, name, vector, x.shape, compute, device)
+    _check_disjoint(op, written, [("x", x), ("g", g)])
+    _native(device.type).local_step(
+        known.code,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        [message.data_ptr() for message in messages],
+        x.numel(),
+        hyper,
+        _row_scalars(op, known, row_scalars, x),
+        *_launch(device),
+    )
+
+
+def _merge(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    received: list[Tensor],
+    weights: list[float],
+    mean: bool,
+    rule: str,
+    hyper: list[float],
+    row_scalars: Tensor | None = None,
+    block_sums: Tensor | None = None,
+) -> None:
+    op, device = "merge_", x.device
+    _check_x(op, x, 1)
+    known = _rule(op, device.type, rule)
+    _check_counts(op, known, state, hyper)
+    if not weights or len(received) != known.messages * len(weights):
+        raise ValueError(
+            f"{op}: rule {rule!r} has {known.messages} messages a worker, so received must hold {known.messages} "
+            f"times as many tensors as there are weights (at least 1), got {len(received)} and {len(weights)}"
+        )
+    compute = compute_dtype(x.dtype)
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    states = [(f"state[{k}]", vector) for k, vector in enumerate(state)]
+    inputs = [(f"received[{k}]", message) for k, message in enumerate(received)]
+    for name, vector in (*states, *inputs):
+        _check_like(op, name, vector, x.shape, compute, device)
+    _check_disjoint(op, [("x", x), *states], [("g", g), *inputs])
+    _native(device.type).merge(
+        known.code,
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        g.data_ptr(),
+        [vector.data_ptr() for vector in state],
+        [message.data_ptr() for message in received],
+        weights,
+        mean,
+        x.numel(),
+        hyper,
+        _row_scalars(op, known, row_scalars, x),
+        _block_sums(op, known, block_sums, x),
+        *_launch(device),
+    )
+
+
+def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:
+    _check_x(op, x, 2)
+    native = _native(x.device.type)
+    scratch: tuple[int, ...] = ()
+    if x.device.type == "cuda":
+        # One sum per row and block of coordinates. Freed on return: the caching allocator reuses it in stream order.
+        sums = torch.empty(block_sums_shape(x), dtype=torch.float64, device=x.device)
+        scratch = (sums.data_ptr(),)
+    kernel, where = getattr(native, op), _launch(x.device)
+    kernel(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *scratch, *where)
+    return out
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    return _reduce("squared_norms", x, torch.empty(x.shape[:1], dtype=torch.float64, device=x.device))
+
+
+def _sum_blocks(block_sums: Tensor) -> Tensor:
+    if block_sums.dim() != 2 or block_sums.dtype != torch.float64 or not block_sums.is_contiguous():
+        raise ValueError(f"sum_blocks: block_sums must be [n, blocks] float64, contiguous, got {_describe(block_sums)}")
+    out = torch.empty(block_sums.shape[:1], dtype=torch.float64, device=block_sums.device)
+    native = _native(block_sums.device.type)
+    native.sum_blocks(block_sums.data_ptr(), *block_sums.shape, out.data_ptr(), *_launch(block_sums.device))
+    return out
+
+
+def _consensus_distance(x: Tensor) -> Tensor:
+    return _reduce("consensus_distance", x, torch.empty((), dtype=torch.float64, device=x.device))
+
+
+def _rows_are_finite(x: Tensor) -> Tensor:
+    return _reduce("rows_are_finite", x, torch.empty(x.shape[:1], dtype=torch.bool, device=x.device))
+
+
+_library = torch.library.Library("qgm_ext", "DEF")  # type: ignore[no-untyped-call]
+_SCHEMAS: dict[str, tuple[str, Any]] = {
+    "gossip_step_": (
+        "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor row_offsets, Tensor columns, Tensor weights, "
+        "str form, str rule, float[] hyper, Tensor? row_scalars=None, Tensor(c!)? block_sums=None) -> ()",
+        _gossip_step,
+    ),
+    "relay_step_": (
+        "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor(c!) messages, Tensor offsets, Tensor senders, "
+        "Tensor reverse, Tensor counts, str rule, float[] hyper) -> ()",
+        _relay_step,
+    ),
+    "local_step_": (
+        "(Tensor x, Tensor g, Tensor(a!)[] state, Tensor(b!)[] messages, str rule, float[] hyper, "
+        "Tensor? row_scalars=None) -> ()",
+        _local_step,
+    ),
+    "merge_": (
+        "(Tensor(a!) x, Tensor g, Tensor(b!)[] state, Tensor[] received, float[] weights, bool mean, str rule, "
+        "float[] hyper, Tensor? row_scalars=None, Tensor(c!)? block_sums=None) -> ()",
+        _merge,
+    ),
+    "squared_norms": ("(Tensor x) -> Tensor", _squared_norms),
+    "sum_blocks": ("(Tensor block_sums) -> Tensor", _sum_blocks),
+    "consensus_distance": ("(Tensor x) -> Tensor", _consensus_distance),
+    "rows_are_finite": ("(Tensor x) -> Tensor", _rows_are_finite),
+}
+for _name, (_schema, _kernel) in _SCHEMAS.items():
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
+
+for _name in ("gossip_step_", "relay_step_", "local_step_", "merge_"):
+    torch.library.register_fake(f"qgm_ext::{_name}", lambda *args: None, lib=_library)
+torch.library.register_fake(
+    "qgm_ext::squared_norms", lambda x: x.new_empty(x.shape[:1], dtype=torch.float64), lib=_library
+)
+torch.library.register_fake(
+    "qgm_ext::sum_blocks", lambda block_sums: block_sums.new_empty(block_sums.shape[:1]), lib=_library
+)
+torch.library.register_fake("qgm_ext::consensus_distance", lambda x: x.new_empty((), dtype=torch.float64), lib=_library)
+torch.library.register_fake(
+    "qgm_ext::rows_are_finite", lambda x: x.new_empty(x.shape[:1], dtype=torch.bool), lib=_library
+)

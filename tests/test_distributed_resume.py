@@ -154,6 +154,8 @@ def test_killed_workers_go_on_with_old_messages_and_count_them_on(tmp_path: Path
     for rank in range(SIZE):
         own = lines(out / f"worker-{rank}-of-{SIZE}" / "metrics.jsonl")
         assert 0 <= own[1]["stale_messages"] <= own[-1]["stale_messages"]
+    Workers(tmp_path, out).results()  # of a run that is over, nothing is measured again
+    assert json.loads((out / "summary.json").read_text())["message_ages"] == summary["message_ages"]
 
 
 def test_another_number_of_workers_goes_on_from_the_average(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ class Recorder:
         self._bytes_of_others = state["bytes_of_others"]
         if self._inputs.config.staleness:
             self._ages_before, self._ages_of_others = state["message_ages"], state["ages_of_others"]
+            self._ages_of_all = state["ages_of_all"]
 
     def load_state_of_others(self, state: Mapping[str, Any]) -> None:
         """Go on from another number of workers: with their records, time and bytes, none of them this worker's."""

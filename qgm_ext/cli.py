@@ -223,11 +223,17 @@ def train(
                 console.quiet = int(os.environ["RANK"]) > 0  # one worker speaks for all
                 if out is not None and resume is None and _is_started_again(out):
                     out, resume = None, out
+                old = int(_of_run(resume, "staleness")) if trace is not None and resume is not None else staleness
+                if trace is not None and old:
+                    raise ValueError(
+                        "--trace needs --staleness 0, for torch's profiler crashes if it ends while messages are under "
+                        f"way, got --staleness {old}"
+                    )
             if resume is not None:
                 if out is not None:
                     raise ValueError("give --out for a new run or --resume for an old one, not both")
                 if hyper:
-                    own |= _parse_hyper(algorithm or _algorithm_of(resume), hyper)
+                    own |= _parse_hyper(algorithm or _of_run(resume, "algorithm"), hyper)
                 training = Training.resume(
                     resume,
                     given={**given, "hyper": own},
@@ -279,8 +285,8 @@ def _is_started_again(out: Path) -> bool:
     return by_first(lambda: "yes" if (out / runfolder.CONFIG).is_file() else "no") == "yes"
 
 
-def _algorithm_of(out: Path) -> str:
-    return by_first(lambda: configs.loads(out / runfolder.CONFIG)[0].algorithm)
+def _of_run(out: Path, field: str) -> str:
+    return by_first(lambda: str(getattr(configs.loads(out / runfolder.CONFIG)[0], field)))
 
 
 def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:

@@ -179,9 +179,10 @@ def start(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     [
         ("--overlap", {}, "overlap must be False where nothing can be sent during backward, got True: on_nonfinite="),
         ("--topology rnig", {}, "topology must be one of binary_tree, "),
+        ("--trace 2 --staleness 1 --out /nowhere/run", {}, "--trace needs --staleness 0, for torch's profiler crashes"),
         ("", {"GLOO_SOCKET_IFNAME": "eht0"}, "GLOO_SOCKET_IFNAME must name an interface with an address, of lo"),
     ],
-    ids=["overlap", "topology", "interface"],
+    ids=["overlap", "topology", "trace", "interface"],
 )
 def test_under_torchrun_one_worker_says_in_one_line_what_is_wrong(words: str, more: dict[str, str], line: str) -> None:
     done = start(*words.split(), **more)

@@ -11,7 +11,6 @@ from rich import box
 from rich.table import Table
 
 from qgm_ext.cli_support import make_console, user_errors
-from qgm_ext.experiments import plan as planning
 
 __all__ = ["plan"]
 
@@ -27,6 +26,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict step time, bytes, memory and mixing of every topology and message type, and recommend one."""
+    from qgm_ext.experiments import plan as planning  # only now, for it needs torch
+
     with user_errors():
         if not params.is_integer():
             raise ValueError(f"--params must be a whole number, got {params:g}")

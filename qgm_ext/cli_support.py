@@ -14,7 +14,6 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -95,6 +94,7 @@ def process_group() -> Iterator[int]:
     if size == 1 or "RANK" not in os.environ:
         yield 1
         return
+    import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -112,6 +112,8 @@ def process_group() -> Iterator[int]:
 
 
 def _join(store: Any, rank: int, size: int) -> None:
+    import torch.distributed as dist
+
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     except RuntimeError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 import qgm_ext
 from qgm_ext import algorithms
 from qgm_ext import topology as topologies
-from qgm_ext.cli import app
+from qgm_ext.cli import _COMMANDS, app
 from qgm_ext.experiments import bench as benchmark
 from qgm_ext.experiments import doctor as medicine
 from qgm_ext.experiments import runfolder
@@ -77,6 +79,39 @@ def test_help_of_train_tells_the_defaults_that_are_used():
     config = TrainConfig()
     assert (config.algorithm, config.topology, config.workers, config.data) == ("qg_dsgdm_n", "ring", 16, "digits")
     assert (config.alpha, config.model, config.batch, config.epochs, config.seed) == (0.1, "mlp", 16, 100, 0)
+
+
+def test_help_tells_of_every_command_what_its_docstring_does():
+    for name, (place, text) in _COMMANDS.items():
+        module, function = place.split(":")
+        assert (
+            inspect.getdoc(getattr(importlib.import_module(f"qgm_ext.{module}"), function)).splitlines()[0] == text
+        ), name
+
+
+def test_what_needs_no_torch_does_not_wait_for_it():
+    code = """
+import sys
+from qgm_ext.cli import _COMMANDS, app
+for words in ("--help", "--version", "nope", "compare --help", "compare --nope", "report --help", "plan --help",
+              "plan --nope", "topology --help", "topology ring:4", "topology rnig"):
+    try:
+        app(words.split())
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ring of 4 workers" in done.stdout
+
+
+def test_the_package_has_what_it_says():
+    assert set(qgm_ext.__all__) <= set(dir(qgm_ext))
+    for name in qgm_ext.__all__:
+        assert getattr(qgm_ext, name) is not None
+    with pytest.raises(AttributeError, match="module 'qgm_ext' has no attribute 'nope'"):
+        qgm_ext.nope  # noqa: B018 (to ask for it is the test)
 
 
 def test_version():

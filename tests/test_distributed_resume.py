@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "topology": "one_peer_exponential",
     "eval_every": 1,
 }
-PRELOAD = ["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure"]
+PRELOAD = ["qgm_ext.cli_train", "sklearn.datasets", "matplotlib.figure"]
 LIMIT = 150.0  # seconds after which workers that have not ended hang
 FIGURES = ("step", "loss", "accuracy_local_mean", "accuracy_average", "consensus_distance", "lr", "bytes_sent")
 

@@ -92,7 +92,7 @@ def one_worker(rank: int, store: str, out: str, deaths: dict[int, tuple[int, str
 def run(folder: Path, deaths: dict[int, tuple[int, str]], seconds: float = 5.0) -> dict[int, dict[str, Any]]:
     store = str(folder / f"store-{time.monotonic_ns()}")
     arguments = (store, str(folder / "run"), deaths, seconds)
-    preload = ["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure", "test_heal_train"]
+    preload = ["qgm_ext.cli_train", "sklearn.datasets", "matplotlib.figure", "test_heal_train"]
     processes = Processes(one_worker, SIZE, *arguments, log=store, preload=preload)
     for rank, code in enumerate(processes.end()):
         assert code == (-signal.SIGKILL if rank in deaths else 0), f"rank {rank}\n{processes.logs}"

@@ -197,7 +197,7 @@ def _command_line(arguments, kill=None):
 def start_qgm():
     """Starts ``qgm train`` with these arguments in a process of its own, and returns the process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qgm_ext.cli", "sklearn.datasets", "matplotlib.figure"])
+    context.set_forkserver_preload(["qgm_ext.cli_train", "sklearn.datasets", "matplotlib.figure"])
 
     def start(*arguments, kill=None):
         process = context.Process(target=_command_line, args=(["train", *map(str, arguments)], kill))

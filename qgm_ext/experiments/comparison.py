@@ -20,8 +20,8 @@ import torch
 
 from qgm_ext import algorithms, data, models, topology
 from qgm_ext.algorithms import check_number
-from qgm_ext.experiments.config import FOR_PROCESSES, TrainConfig, check_name
-from qgm_ext.hints import did_you_mean
+from qgm_ext.experiments.config import FOR_PROCESSES, TrainConfig
+from qgm_ext.hints import check_name, did_you_mean
 
 __all__ = ["Cell", "Comparison", "Method", "Published", "check_keys", "is_centralised", "run_name"]
 

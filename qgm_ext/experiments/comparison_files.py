@@ -13,10 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qgm_ext import topology
+from qgm_ext import topology, topology_names
 from qgm_ext.experiments.comparison import Comparison, Method, Published, check_keys
-from qgm_ext.experiments.config import canonical_topology, check_name, default_workers, parse_topology
 from qgm_ext.experiments.plugins import load_plugins
+from qgm_ext.hints import check_name
+from qgm_ext.presets import names as preset_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,17 +39,6 @@ def read(path: Path, **changes: Any) -> Comparison:
         OSError: if it can't be read.
     """
     return _parse(path.read_bytes(), str(path), path.parent, changes)
-
-
-def preset_names() -> list[str]:
-    """The names that :func:`preset` takes.
-
-    Example:
-        >>> "paper-small" in preset_names()
-        True
-    """
-    folder = resources.files("qgm_ext.presets")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def preset(name: str, **changes: Any) -> Comparison:
@@ -207,9 +197,9 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 def _topology(text: str) -> tuple[str, int]:
     """("ring", 16) from "ring:16"."""
-    name, workers = parse_topology(text, what="topologies")
+    name, workers = topology_names.parse(text, what="topologies")
     if workers is None:
-        return name, default_workers(name)
+        return name, topology_names.default_workers(name)
     topology.get(name, workers)  # raises where the topology asks something of the number
     return name, workers
 
@@ -235,7 +225,7 @@ def _method(table: Mapping[str, Any], lrs: tuple[float, ...]) -> Method:
             raise TypeError(f"{name} of {where} must be a {word}, got {plain[name]!r}")
     plain["hyper"] = _hyper(plain.get("hyper", {}))
     if "topology" in plain:
-        plain["topology"] = canonical_topology(plain["topology"])
+        plain["topology"] = topology_names.canonical(plain["topology"])
         check_name(f"topology of {where}", plain["topology"].removeprefix(topology.TREE_PREFIX), topology.names())
     return Method(**plain)
 

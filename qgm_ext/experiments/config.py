@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qgm_ext import algorithms, data, messages, models, topology
+from qgm_ext import algorithms, data, messages, models, topology, topology_names
 from qgm_ext.algorithms import check_number
 from qgm_ext.data import augment as augmentation
 from qgm_ext.distributed.options import RuntimeOptions
 from qgm_ext.experiments import schedules
-from qgm_ext.hints import did_you_mean
+from qgm_ext.hints import check_name, did_you_mean
 from qgm_ext.simulator import EngineChoice
 from qgm_ext.stacked import OnNonfinite
 
-__all__ = ["CONFIG_FORMAT", "FOR_PROCESSES", "TrainConfig", "dumps", "loads", "parse", "parse_hyper", "parse_topology"]
+__all__ = ["CONFIG_FORMAT", "FOR_PROCESSES", "TrainConfig", "dumps", "loads", "parse", "parse_hyper"]
 
 CONFIG_FORMAT = "qgm_ext.train/3"
 
@@ -42,7 +41,6 @@ FOR_PROCESSES = ("overlap", "bucket_mb", "staleness")
 _UNSAID: dict[str, Any] = {name: getattr(RuntimeOptions, name) for name in FOR_PROCESSES}
 
 _LATER: Any = None  # filled in by __post_init__, so that the field's type can be what users of a config see
-_DEFAULT_WORKERS = 16
 _DEFAULT_LR = 0.1
 _DEFAULT_EPOCHS = 100
 # How often a run is evaluated if nothing is said: enough points for a curve, little time.
@@ -145,7 +143,7 @@ class TrainConfig:
         self._fill("lr", _own_default(algorithms.get_class(self.algorithm), "lr", _DEFAULT_LR))
         check_number("lr", self.lr, low=0.0)
         object.__setattr__(self, "hyper", self._complete_hyper())
-        self._fill("workers", default_workers(self.topology))
+        self._fill("workers", topology_names.default_workers(self.topology))
         self._fill("threads", torch.get_num_threads())
         for name, low in (("workers", 1), ("batch", 1), ("threads", 1), ("classes_per_worker", 1)):
             _check_integer(name, getattr(self, name), low)
@@ -199,7 +197,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             if name == "topology":
-                value = canonical_topology(value)
+                value = topology_names.canonical(value)
                 object.__setattr__(self, name, value)
                 value = value.removeprefix(topology.TREE_PREFIX)
             check_name(name, value, known)
@@ -252,7 +250,7 @@ class TrainConfig:
             for key, wanted in pairs:
                 mine = self.hyper.get(key) if name == "hyper" else getattr(self, key)
                 if key == "topology":
-                    wanted = canonical_topology(wanted)
+                    wanted = topology_names.canonical(wanted)
                 if mine != wanted:
                     found.append(f"{key} is {mine!r} in the run, {wanted!r} was given")
         return found
@@ -337,14 +335,6 @@ def parse_hyper(algorithm: str, name: str, text: str) -> Any:
     return value
 
 
-def check_name(what: str, value: Any, known: Iterable[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``known``; suggests the nearest."""
-    choices = list(known)
-    if value not in choices:
-        hint = did_you_mean(value, choices)
-        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}{hint and f'; {hint}'}")
-
-
 def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -362,45 +352,3 @@ def _own_default(cls: type[algorithms.Algorithm], name: str, default: float) -> 
     """The default that an algorithm gives one of its fields, or ``default`` if it gives none."""
     own = {f.name: f.default for f in dataclasses.fields(cls)}[name]
     return default if own is dataclasses.MISSING else own
-
-
-def canonical_topology(name: str) -> str:
-    """A topology's name as :func:`qgm_ext.topology.names` spells it; "-" and "_" are the same there."""
-    return str(name).strip().lower().replace("-", "_")
-
-
-def parse_topology(text: str, workers: int | None = None, *, what: str = "topology") -> tuple[str, int | None]:
-    """Name and number of workers from NAME or NAME:WORKERS.
-
-    Args:
-        text: the one or the other.
-        workers: the number, where it is said apart as well.
-        what: what the text is called in errors.
-
-    Returns:
-        The name as :func:`qgm_ext.topology.names` has it, and the number, None if nothing says it.
-
-    Raises:
-        ValueError: if there is no such topology, the number is none, or ``workers`` is another.
-
-    Example:
-        >>> parse_topology("ring:16"), parse_topology("one-peer-exponential")
-        (('ring', 16), ('one_peer_exponential', None))
-    """
-    name, colon, count = text.partition(":")
-    name = canonical_topology(name)
-    check_name(what, name.removeprefix(topology.TREE_PREFIX), topology.names())
-    if not colon:
-        return name, workers
-    if not (count.isascii() and count.isdigit()) or int(count) < 1:
-        raise ValueError(f"{what} must be NAME or NAME:WORKERS, e.g. 'ring:16', got {text!r}")
-    if workers is not None and workers != int(count):
-        raise ValueError(f"{what} {text!r} has {count} workers, and workers is {workers}; say the number once")
-    return name, int(count)
-
-
-def default_workers(name: str) -> int:
-    """How many workers a known topology has if nobody says: its own number, where there is only one."""
-    known = canonical_topology(name).removeprefix(topology.TREE_PREFIX)
-    own = inspect.signature(getattr(topology, known)).parameters["n"].default
-    return _DEFAULT_WORKERS if own is inspect.Parameter.empty else int(own)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -154,7 +155,7 @@ def _run(console: Console, plan: Comparison, folder: Path, stop: Callable[[], bo
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("measuring", total=None, runs="")
@@ -198,18 +199,18 @@ def _shown(entry: tables.Entry) -> str:
         *([entry.detail] if entry.detail else []),
         *(["published: " + entry.published] if entry.published else []),
     ]
-    figure = f"[bold]{entry.text}[/bold]" if entry.best else entry.text
-    return "\n".join([figure, *(f"[dim]{detail}[/dim]" for detail in details)])
+    figure = f"[bold]{escape(entry.text)}[/bold]" if entry.best else escape(entry.text)
+    return "\n".join([figure, *(f"[dim]{escape(detail)}[/dim]" for detail in details)])
 
 
 def show(console: Console, results: Results) -> None:
     """Print the tables, one for each model and topology."""
     for made in tables.make(results):
-        table = Table(box=box.SIMPLE_HEAD, title=made.title, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, title=escape(made.title), title_justify="left")
         table.add_column("method", no_wrap=True)
         for head in made.heads:
-            table.add_column(head, justify="right")
+            table.add_column(escape(head), justify="right")
         for row in made.rows:
-            table.add_row(row.label, *map(_shown, row.cells))
+            table.add_row(escape(row.label), *map(_shown, row.cells))
         console.print(table)
     console.print("\n".join(tables.legend(results)), markup=False, highlight=False, soft_wrap=True)

@@ -29,8 +29,10 @@ def plan(
     from qgm_ext.experiments import plan as planning  # only now, for it needs torch
 
     with user_errors():
-        if not params.is_integer():
-            raise ValueError(f"--params must be a whole number, got {params:g}")
+        if not params.is_integer() or params < 1:
+            raise ValueError(f"--params must be a whole number of at least 1, got {params:g}")
+        if not 0 <= mixing <= 1:
+            raise ValueError(f"--mixing must be in [0, 1], got {mixing:g}")
         network = planning.Network(workers, bandwidth, latency, compute)
         made = planning.make(int(params), network, algorithm, mixing)
     if as_json:

@@ -133,6 +133,8 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(told(error), EXIT_USAGE)
+    except MemoryError as error:
+        fail(f"not enough memory: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
         fail("stopped", 128 + signal.SIGINT)
 

@@ -247,7 +247,7 @@ def _parse_hyper(algorithm: str, texts: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not name.strip():
             raise ValueError(f"--hyper must be NAME=VALUE, got {text!r}")
         found[name.strip().replace("-", "_")] = configs.parse_hyper(algorithm, name.strip().replace("-", "_"), value)
     return found

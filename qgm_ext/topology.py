@@ -55,6 +55,7 @@ _SUM_TOLERANCE = 1e-9
 
 # What turns the name of a topology into that of its spanning tree.
 TREE_PREFIX = "spanning_tree_of_"
+_MOST_WORKERS = 2**24  # more are taken for a slip: their edges alone would fill the memory
 
 
 # Constructors ---------------------------------------------------------------------------------------------------------
@@ -450,7 +451,10 @@ def _cyclic(name: str, cycle: Sequence[Topology]) -> Topology:
 
 
 def _workers(name: str, n: SupportsIndex) -> int:
-    return to_integer(f"n (number of workers of {name})", n, 1)
+    number = to_integer(f"n (number of workers of {name})", n, 1)
+    if number > _MOST_WORKERS:
+        raise ValueError(f"n (number of workers of {name}) must be at most {_MOST_WORKERS:,}, got {number}")
+    return number
 
 
 def _check_connected(name: str, parts: Sequence[Topology], allow_disconnected: bool) -> None:

@@ -92,7 +92,7 @@ def test_help_tells_of_every_command_what_its_docstring_does():
 def test_what_needs_no_torch_does_not_wait_for_it():
     code = """
 import sys
-from qgm_ext.cli import _COMMANDS, app
+from qgm_ext.cli import app
 for words in ("--help", "--version", "nope", "compare --help", "compare --nope", "report --help", "plan --help",
               "plan --nope", "topology --help", "topology ring:4", "topology rnig"):
     try:
@@ -236,6 +236,9 @@ def test_train_takes_every_option(tmp_path):
         ("--algorithm dsgd --momentum 0.9", "dsgd has no hyper-parameter 'momentum'"),
         ("--algorithm dsgdm --qg-momentum 0.9", "dsgdm has no hyper-parameter 'qg_momentum', did you mean 'momentum'?"),
         ("--hyper nope", "--hyper must be NAME=VALUE, got 'nope'"),
+        ("--hyper =3", "--hyper must be NAME=VALUE, got '=3'"),
+        ("--pretrained /nowhere", "pretrained is for distilbert; mlp starts from random weights"),
+        ("--validation 0.0001", "validation must leave samples on both sides: fraction=0.0001 of 1438 samples are 0"),
         ("--hyper nope=3", "qg_dsgdm_n has no hyper-parameter 'nope'"),
         ("--hyper local_step=two", "local_step must be an integer of at least 1, got 'two'"),
         ("--hyper momentum=nan", "momentum must be in [0, 1), got nan"),
@@ -380,6 +383,7 @@ def test_topology_and_train_take_the_number_of_workers_either_way(words, tmp_pat
         ("ring:0", "topology must be NAME or NAME:WORKERS, e.g. 'ring:16', got 'ring:0'"),
         ("ring:8 -n 4", "topology 'ring:8' has 8 workers, and workers is 4"),
         ("ring -n 0", "must be at least 1, got 0"),
+        ("ring:99999999999", "n (number of workers of ring) must be at most 16,777,216, got 99999999999"),
         ("social -n 5", "n must be 32 for the social network, got 5"),
         ("ring --png /nowhere/ring.png", "/nowhere/ring.png"),
     ],

@@ -189,9 +189,28 @@ def test_damaged_files_of_a_run_are_named(whole, tmp_path):
     made = plan(algorithms=["dsgd"], lrs=[0.1], seeds=1)
     compare(made, tmp_path, processes=1)
     (summary,) = tmp_path.glob("runs/*/summary.json")
-    summary.write_text("{")
-    with pytest.raises(ValueError, match=f"the files of the run in {summary.parent} are damaged"):
-        compare(made, tmp_path, processes=1)
+    metrics = summary.with_name("metrics.jsonl")
+    first, *rest = metrics.read_text().splitlines(keepends=True)
+    for path, content in (
+        (summary, "{"),
+        (summary, "{}"),
+        (summary, "[]"),
+        (metrics, ""),
+        (metrics, "3\n"),
+        (metrics, "{}\n"),
+        (metrics, first + '{"step": 1}\n' + "".join(rest)),
+        (metrics, first + "".join(rest).replace("accuracy_local_mean", "accuracy")),
+        (metrics, first.replace('"epoch": 0.0', '"epoch": "x"') + "".join(rest)),
+    ):
+        before = path.read_text()
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"the files of the run in {summary.parent} are damaged"):
+            results.load(tmp_path)
+        path.write_text(before)
+    results.load(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"format": "qgm_ext.compare/1", "comparison": 3}')
+    with pytest.raises(ValueError, match=r"comparison\.json can't be read: it holds no comparison"):
+        results.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +288,19 @@ def test_the_command_shows_estimate_progress_and_table(whole, tmp_path):
     code, output = qgm("compare", "--resume", tmp_path / "out")
     assert code == 0
     assert "runs to do" not in output
+
+
+def test_brackets_in_labels_and_titles_are_shown_as_they_are(tmp_path):
+    path = tmp_path / "small.toml"
+    figure = '[[published]]\nmethod = "[/b] QG"\ntopology = "ring:4"\nvalue = 70\nnote = "[red]"\n'
+    path.write_text(
+        'title = "[/x] title"\ntopologies = ["ring:4"]\n[train]\ndata = "mnist"\n'
+        f'[[method]]\nalgorithm = "dsgd"\nlabel = "[/b] QG"\n{figure}'
+    )
+    code, output = qgm("compare", path, "--dry-run", "--data-root", tmp_path)  # shows the table, then misses the data
+    assert code == 2, output
+    for text in ("[/x] title", "[/b] QG", "70 ([red])"):
+        assert text in output
 
 
 def test_a_dry_run_only_estimates(tmp_path):

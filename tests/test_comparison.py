@@ -118,6 +118,8 @@ def test_the_folder_of_a_run_depends_on_what_decides_its_outcome_alone():
         ({"seeds": [-1]}, "seed must be in"),
         ({"lrs": [0.1, 0.1]}, "lrs of dsgd holds something twice"),
         ({"lrs": [-0.1]}, "lrs must be a finite number"),
+        ({"lrs": []}, "lrs must not be empty"),
+        ({"method": [{"algorithm": "d2", "lrs": []}]}, "lrs of method d2 must not be empty"),
         ({"lrs": 0.1}, "lrs must be a list of numbers"),
         ({"baseline": "dsgdm"}, "baseline must be one of dsgd, qg_dsgdm_n"),
         ({"lr_seeds": "one"}, "lr_seeds must be one of all, first"),
@@ -175,6 +177,12 @@ def test_a_file_is_read_and_its_mistakes_are_told_with_its_name(tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match=message):
             read(path)
+    path.write_bytes(b"\xef\xbb\xbf" + b'algorithms = ["dsgd"]\n')  # the mark that some editors set
+    assert read(path).methods[0].algorithm == "dsgd"
+    path.with_name("exits.py").write_text("import sys\nsys.exit(3)\n")
+    path.write_text('plugins = ["exits.py"]\nalgorithms = ["dsgd"]\n')
+    with pytest.raises(ValueError, match=r"exits\.py can't be imported: SystemExit: 3"):
+        read(path)
     with pytest.raises(OSError, match="No such file"):
         read(tmp_path / "nowhere.toml")
 

@@ -143,7 +143,8 @@ def test_command_shows_and_recommends():
 
 def test_command_refuses_in_one_line():
     rest = ("--workers", "4", "--bandwidth", "1e9", "--latency", "0")
-    assert fails("plan", "--params", "1.5", *rest) == "qgm: --params must be a whole number, got 1.5"
-    assert "parameters must be at least 1, got 0" in fails("plan", "--params", "0", *rest)
-    assert "--params must be a whole number, got nan" in fails("plan", "--params", "nan", *rest)
+    assert fails("plan", "--params", "1.5", *rest) == "qgm: --params must be a whole number of at least 1, got 1.5"
+    assert "--params must be a whole number of at least 1, got 0" in fails("plan", "--params", "0", *rest)
+    assert "--params must be a whole number of at least 1, got nan" in fails("plan", "--params", "nan", *rest)
+    assert "--mixing must be in [0, 1], got 2" in fails("plan", "--params", "9", *rest, "--mixing", "2")
     assert "bandwidth" in fails("plan", "--params", "5", "--workers", "4", "--bandwidth", "-1", "--latency", "0")

@@ -54,7 +54,7 @@ def preset(name: str, **changes: Any) -> Comparison:
 
 def _parse(content: bytes, where: str, folder: Path, changes: Mapping[str, Any]) -> Comparison:
     try:
-        raw = tomllib.loads(content.decode())
+        raw = tomllib.loads(content.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is not TOML: {error}") from error
     try:
@@ -129,7 +129,7 @@ def from_dict(raw: Mapping[str, Any], folder: Path = Path()) -> Comparison:
     plain = dict(raw)
     plugins = [_located(plugin, folder) for plugin in _strings("plugins", plain.pop("plugins", []))]
     load_plugins(plugins)
-    lrs = _numbers("lrs", plain.pop("lrs", []))
+    lrs = _lrs("lrs", plain.pop("lrs")) if "lrs" in plain else ()
     listed = [Method(algorithm=name, lrs=lrs) for name in _strings("algorithms", plain.pop("algorithms", []))]
     tables = [_method(table, lrs) for table in _tables("method", plain.pop("method", []))]
     plain |= _grid(plain)
@@ -178,6 +178,12 @@ def _table(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
+def _lrs(name: str, value: Any) -> tuple[float, ...]:
+    if not (lrs := _numbers(name, value)):
+        raise ValueError(f"{name} must not be empty; leave it out for the usual step sizes")
+    return lrs
+
+
 def _tables(name: str, value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
         raise TypeError(f"{name} must be a list of tables, written [[{name}]], got {value!r}")
@@ -214,7 +220,7 @@ def _method(table: Mapping[str, Any], lrs: tuple[float, ...]) -> Method:
         raise ValueError(f"a method needs an algorithm, a string; got {dict(table)!r}")
     plain = dict(table)
     where = f"method {plain['algorithm']}"
-    plain["lrs"] = _numbers(f"lrs of {where}", plain["lrs"]) if "lrs" in plain else lrs
+    plain["lrs"] = _lrs(f"lrs of {where}", plain["lrs"]) if "lrs" in plain else lrs
     for name, wanted, word in (
         ("label", str, "string"),
         ("topology", str, "string"),

@@ -84,7 +84,7 @@ def build(config: TrainConfig, partition: data.Partition | None = None, on_peer_
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     dataset = load_data(config)
-    kept, validation_indices = data.hold_out(len(dataset.train_y), config.validation, config.seed)
+    kept, validation_indices = _hold_out(config, dataset)
     if partition is None:
         partition = make_partition(config, dataset, kept)
     dtype = config.torch_dtype()
@@ -120,11 +120,18 @@ def check(config: TrainConfig, dataset: data.Dataset) -> None:
 
     Raises: TypeError, ValueError as :func:`build`.
     """
-    kept, _ = data.hold_out(len(dataset.train_y), config.validation, config.seed)
+    kept, _ = _hold_out(config, dataset)
     partition = make_partition(config, dataset, kept)
     changes = augment.make(config.augment, dataset)
     batches = data.WorkerBatches(dataset.train_x, dataset.train_y, partition, config.batch, config.seed, changes)
     _make_schedule(config, batches.steps_per_epoch)
+
+
+def _hold_out(config: TrainConfig, dataset: data.Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    try:
+        return data.hold_out(len(dataset.train_y), config.validation, config.seed)
+    except ValueError as error:
+        raise ValueError(f"validation must leave samples on both sides: {error}") from error
 
 
 def _make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
@@ -183,6 +190,9 @@ def make_model(config: TrainConfig, dataset: data.Dataset) -> nn.Module:
         raise ValueError(f"{config.model} is no model for {dataset.name}; there are {', '.join(kinds)}")
     options: dict[str, Any] = {} if dataset.vocabulary is None else {"vocabulary": dataset.vocabulary}
     if config.pretrained is not None:
+        if not models.takes(config.model, "pretrained"):
+            able = [name for name in models.names() if models.takes(name, "pretrained")]
+            raise ValueError(f"pretrained is for {', '.join(able)}; {config.model} starts from random weights")
         options["pretrained"] = config.pretrained
     return models.get(config.model, dataset.input_shape, dataset.num_classes, **options)
 

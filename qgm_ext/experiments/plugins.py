@@ -24,7 +24,7 @@ def load_plugins(plugins: Iterable[str]) -> None:
                 _import_file(Path(plugin))
             else:
                 importlib.import_module(plugin)
-        except Exception as error:  # whatever a stranger's file raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's file raises
             raise ValueError(f"plugin {plugin} can't be imported: {type(error).__name__}: {error}") from error
 
 

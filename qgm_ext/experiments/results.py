@@ -354,7 +354,7 @@ def load_plan(folder: Path) -> Comparison:
             raise ValueError("it holds no comparison")
         if content.get("format") != comparison.FORMAT:
             raise ValueError(f"it is of version {content.get('format')!r}, this qgm_ext reads {comparison.FORMAT!r}")
-        if "comparison" not in content:
+        if not isinstance(content.get("comparison"), dict):
             raise ValueError("it holds no comparison")
         return comparison_files.from_dict(content["comparison"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -383,7 +383,7 @@ def read_run(run: Run) -> Run:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         lines = (run.folder / runfolder.METRICS).read_text(encoding="utf-8").splitlines()
-        metrics = tuple(json.loads(line) for line in lines)
+        metrics = tuple(_checked_record(json.loads(line)) for line in lines)
         status: Status = "diverged" if path == diverged else "finished"
         reason = str(told["reason"]) if status == "diverged" else ""
         if status == "finished" and not metrics:
@@ -393,6 +393,14 @@ def read_run(run: Run) -> Run:
         raise ValueError(
             f"the files of the run in {run.folder} are damaged ({error}); remove it, to do it again"
         ) from error
+
+
+def _checked_record(record: Any) -> Record:
+    """A record that has what tables and pictures are made of."""
+    for key in ("step", "epoch", "bytes_sent", "consensus_distance", "seconds_training", *TEST.values()):
+        if not isinstance(record, dict) or not isinstance(record.get(key, ""), (int, float, type(None))):
+            raise ValueError(f"a line of {runfolder.METRICS} has no number {key}")
+    return dict(record)
 
 
 def _run_of(run: Run, row: Mapping[str, str]) -> Run:

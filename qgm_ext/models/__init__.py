@@ -14,7 +14,7 @@ from .distilbert import distilbert, distilbert_small
 from .features import declare_feature_layer, feature_layer
 from .mlp import mlp, text_mlp
 from .norms import EvoNormS0
-from .registry import default_engine, draws, get, names, register, takes_texts
+from .registry import default_engine, draws, get, names, register, takes, takes_texts
 from .resnet import resnet18, resnet20
 from .vgg import vgg11
 
@@ -34,6 +34,7 @@ __all__ = [
     "register",
     "resnet18",
     "resnet20",
+    "takes",
     "takes_texts",
     "text_mlp",
     "vgg11",

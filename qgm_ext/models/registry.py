@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from qgm_ext.hints import did_you_mean
 
-__all__ = ["default_engine", "draws", "get", "names", "register", "takes_texts"]
+__all__ = ["default_engine", "draws", "get", "names", "register", "takes", "takes_texts"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,17 @@ def get(name: str, input_shape: Sequence[int], num_classes: int, **options: Any)
 def takes_texts(name: str) -> bool:
     """Whether the input of a model are token numbers."""
     return _known(name).texts
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether a model has an option, "pretrained" or "vocabulary".
+
+    Example:
+        >>> takes("distilbert", "pretrained"), takes("mlp", "pretrained")
+        (True, False)
+    """
+    parameters = inspect.signature(_known(name).build).parameters.values()
+    return any(p.name == option or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def draws(name: str) -> bool:

@@ -277,7 +277,7 @@ def test_the_command_shows_estimate_progress_and_table(whole, tmp_path):
     path.write_text(FILE)
     code, output = qgm("compare", path, "--out", tmp_path / "out", "--processes", 2)
     assert code == 0, output
-    assert re.search(r"8 runs to do, 0 done before; about \d+ s on 2 processes \(from calibration\)", output)
+    assert re.search(r"8 runs to do, 0 done before; about \d+ (s|min) on 2 processes \(from calibration\)", output)
     assert re.search(r"\[8/8\] .*, lr 0\.2, seed 1: validation accuracy \d", output)
     assert "mlp on digits, ring of 4" in output
     assert "alpha = 0.1" in output

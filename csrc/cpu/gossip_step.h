@@ -153,39 +153,47 @@ struct GossipTile {
     }
   };
 
-  // Mixes `chunk` coordinates of the messages for worker i and merges them into its row. The pointers are at the first
-  // of these coordinates; messages of two places are kTileWidth apart.
-  template <class Chunk>
-  static QGM_HD void mix_and_merge(const GossipStepArguments& a, const Rule& rule, int64_t i, const Row& r, Chunk chunk,
-                                   const T* messages, T* mixed) {
+  // Mixes the messages of the tile for worker i and merges them into its row; merged(c) after each chunk.
+  template <class Chunk, class Merged>
+  static QGM_HD void mix_and_merge(const GossipStepArguments& a, const Rule& rule, int64_t i, const Row& r,
+                                   int64_t length, Chunk chunk, const Scratch& scratch, const Merged& merged) {
     const int64_t plane = a.plan->places * kTileWidth;  // from message k to message k + 1
     const int32_t* const place = a.plan->place.data();
-    const T* source = mixed;
-    int64_t step = kTileWidth;
-    if (a.mixing.form == MixingForm::kIdentity) {
-      source = messages + place[i] * kTileWidth;
-      step = plane;
-    } else if (a.mixing.form != MixingForm::kMean) {
-      const int64_t start = a.mixing.row_offsets[i];
-      const int64_t count = a.mixing.row_offsets[i + 1] - start;
-      const int32_t* columns = a.mixing.columns + start;
-      const T* w = static_cast<const T*>(a.mixing.weights) + start;
-      if (count == 3) {  // a ring: the sum stays in registers
-        const T *m0 = messages + place[columns[0]] * kTileWidth, *m1 = messages + place[columns[1]] * kTileWidth,
-                *m2 = messages + place[columns[2]] * kTileWidth;
-        const T w0 = w[0], w1 = w[1], w2 = w[2];
-        return Loops::merge(rule, r, chunk, [=](int k, int64_t c) {
-          const int64_t q = k * plane + c;
-          return w0 * m0[q] + w1 * m1[q] + w2 * m2[q];
-        });
+    const auto message = [=](int64_t j) { return scratch.messages + place[j] * kTileWidth; };
+    // mixed(k, c) of the chunk at `at`
+    const auto merge_chunks = [&](const auto& mixed) {
+      for (int64_t at = 0; at < length; at += chunk) {
+        Loops::merge(rule, r.from(at), chunk, mixed(at));
+        merged(at);
       }
-      for (int k = 0; k < kMessages; ++k) {
-        const T* const of_all = messages + k * plane;
-        weighted_sum([=](int64_t q) { return of_all + place[columns[q]] * kTileWidth; }, w, count, chunk,
-                     mixed + k * kTileWidth);
-      }
+    };
+    if (a.mixing.form == MixingForm::kIdentity || a.mixing.form == MixingForm::kMean) {
+      const bool mean = a.mixing.form == MixingForm::kMean;
+      const T* const source = mean ? scratch.mixed : message(i);
+      const int64_t step = mean ? kTileWidth : plane;
+      return merge_chunks([=](int64_t at) { return [=](int k, int64_t c) { return source[k * step + at + c]; }; });
     }
-    Loops::merge(rule, r, chunk, [=](int k, int64_t c) { return source[k * step + c]; });
+    const int64_t start = a.mixing.row_offsets[i], count = a.mixing.row_offsets[i + 1] - start;
+    const int32_t* const columns = a.mixing.columns + start;
+    const T* const w = static_cast<const T*>(a.mixing.weights) + start;
+    if (count == 3) {  // a ring: the sum stays in registers
+      const T *m0 = message(columns[0]), *m1 = message(columns[1]), *m2 = message(columns[2]);
+      const T w0 = w[0], w1 = w[1], w2 = w[2];
+      return merge_chunks([=](int64_t at) {
+        return [=](int k, int64_t c) {
+          const int64_t q = k * plane + at + c;
+          return w0 * m0[q] + w1 * m1[q] + w2 * m2[q];
+        };
+      });
+    }
+    merge_chunks([=](int64_t at) {
+      for (int k = 0; k < kMessages; ++k) {
+        const int64_t first = k * plane + at;
+        weighted_sum([=](int64_t q) { return message(columns[q]) + first; }, w, count, chunk,
+                     scratch.mixed + k * kTileWidth);
+      }
+      return [=](int k, int64_t c) { return scratch.mixed[k * kTileWidth + c]; };
+    });
   }
 
   // Coordinates [begin, begin + length) of all workers; `chunk` divides length.
@@ -223,10 +231,9 @@ struct GossipTile {
         const int64_t ready = due->row;
         const Row r = rows.row(ready, begin, plan.place[size_t(ready)]);
         const Rule own = for_row(rule, static_cast<const T*>(a.row_scalars), ready);
-        for (int64_t c = 0; c < length; c += chunk) {
-          mix_and_merge(a, own, ready, r.from(c), chunk, scratch.messages + c, scratch.mixed + c);
+        mix_and_merge(a, own, ready, r, length, chunk, scratch, [&](int64_t c) {
           if constexpr (kHasNorm<Rule>) sums.add(ready, begin + c, r.state[kNormState<Rule>] + c, chunk);
-        }
+        });
         rows.store(r, ready, begin, length);
       }
     }

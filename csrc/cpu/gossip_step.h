@@ -153,6 +153,17 @@ struct GossipTile {
     }
   };
 
+  // Merges mixed messages into a row, of which mixed(at)(k, c) is message k at coordinate at + c; merged(at) after each
+  // chunk. The rule is a copy: behind a reference its flags would be read, and asked, for each coordinate.
+  template <class Chunk, class Mixed, class Merged>
+  static QGM_HD void merge_chunks(Rule rule, Row r, int64_t length, Chunk chunk, const Mixed& mixed,
+                                  const Merged& merged) {
+    for (int64_t at = 0; at < length; at += chunk) {
+      Loops::merge(rule, r.from(at), chunk, mixed(at));
+      merged(at);
+    }
+  }
+
   // Mixes the messages of the tile for worker i and merges them into its row; merged(c) after each chunk.
   template <class Chunk, class Merged>
   static QGM_HD void mix_and_merge(const GossipStepArguments& a, const Rule& rule, int64_t i, const Row& r,
@@ -160,18 +171,12 @@ struct GossipTile {
     const int64_t plane = a.plan->places * kTileWidth;  // from message k to message k + 1
     const int32_t* const place = a.plan->place.data();
     const auto message = [=](int64_t j) { return scratch.messages + place[j] * kTileWidth; };
-    // mixed(k, c) of the chunk at `at`
-    const auto merge_chunks = [&](const auto& mixed) {
-      for (int64_t at = 0; at < length; at += chunk) {
-        Loops::merge(rule, r.from(at), chunk, mixed(at));
-        merged(at);
-      }
-    };
     if (a.mixing.form == MixingForm::kIdentity || a.mixing.form == MixingForm::kMean) {
       const bool mean = a.mixing.form == MixingForm::kMean;
       const T* const source = mean ? scratch.mixed : message(i);
       const int64_t step = mean ? kTileWidth : plane;
-      return merge_chunks([=](int64_t at) { return [=](int k, int64_t c) { return source[k * step + at + c]; }; });
+      const auto mixed = [=](int64_t at) { return [=](int k, int64_t c) { return source[k * step + at + c]; }; };
+      return merge_chunks(rule, r, length, chunk, mixed, merged);
     }
     const int64_t start = a.mixing.row_offsets[i], count = a.mixing.row_offsets[i + 1] - start;
     const int32_t* const columns = a.mixing.columns + start;
@@ -179,21 +184,23 @@ struct GossipTile {
     if (count == 3) {  // a ring: the sum stays in registers
       const T *m0 = message(columns[0]), *m1 = message(columns[1]), *m2 = message(columns[2]);
       const T w0 = w[0], w1 = w[1], w2 = w[2];
-      return merge_chunks([=](int64_t at) {
+      const auto mixed = [=](int64_t at) {
         return [=](int k, int64_t c) {
           const int64_t q = k * plane + at + c;
           return w0 * m0[q] + w1 * m1[q] + w2 * m2[q];
         };
-      });
+      };
+      return merge_chunks(rule, r, length, chunk, mixed, merged);
     }
-    merge_chunks([=](int64_t at) {
+    T* const sums = scratch.mixed;
+    const auto mixed = [=](int64_t at) {
       for (int k = 0; k < kMessages; ++k) {
         const int64_t first = k * plane + at;
-        weighted_sum([=](int64_t q) { return message(columns[q]) + first; }, w, count, chunk,
-                     scratch.mixed + k * kTileWidth);
+        weighted_sum([=](int64_t q) { return message(columns[q]) + first; }, w, count, chunk, sums + k * kTileWidth);
       }
-      return [=](int k, int64_t c) { return scratch.mixed[k * kTileWidth + c]; };
-    });
+      return [=](int k, int64_t c) { return sums[k * kTileWidth + c]; };
+    };
+    merge_chunks(rule, r, length, chunk, mixed, merged);
   }
 
   // Coordinates [begin, begin + length) of all workers; `chunk` divides length.

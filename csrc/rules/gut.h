@@ -29,7 +29,7 @@ struct Tracking {
   static constexpr bool kMergeReadsX = true, kMergeReadsGrad = true;
 
   T eta, per_eta, per_eta_before, beta, mu, wd, mu_per_eta, b, gamma, one_gamma, back;
-  bool moves;
+  T moves;  // 1 or 0 (rule.h)
 
   explicit Tracking(const double* hyper)
       : eta(T(hyper[0])),
@@ -43,7 +43,7 @@ struct Tracking {
         gamma(T(hyper[5])),
         one_gamma(T(1.0 - hyper[5])),
         back(T(hyper[5] - hyper[5] * hyper[5])),
-        moves(hyper[0] != 0.0) {}
+        moves(T(hyper[0] != 0.0)) {}
 
   // The own model after the step; M becomes the new one.
   QGM_HD T descend(T x, T g, T r, T s, T& m) const {
@@ -66,10 +66,10 @@ struct Tracking {
     const T r_new = mixed[0] - p_new;
     const T moved = mixed[0] - (x + one_gamma * r);  // x + (1 - gamma) r is the mean of the models of before
     const T s_new = T(0) - per_eta * r_new - mu_per_eta * (moved + b * r) - mu * delta;
-    state[0] = moves ? r_new : r;
-    state[1] = moves ? s_new : s;
-    if (kForm != Form::kPlain) state[kStates - 1] = moves ? m : state[kStates - 1];
-    x = moves ? gamma * mixed[0] + one_gamma * p_new : x;
+    state[0] = moves != T(0) ? r_new : r;
+    state[1] = moves != T(0) ? s_new : s;
+    if (kForm != Form::kPlain) state[kStates - 1] = moves != T(0) ? m : state[kStates - 1];
+    x = moves != T(0) ? gamma * mixed[0] + one_gamma * p_new : x;
   }
 };
 

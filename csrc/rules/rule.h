@@ -32,7 +32,8 @@
 //
 // What a mask leaves out is not loaded and not stored, so the masks are the memory traffic of the
 // rule. A rule calls nothing but the helpers of numeric.h and has no loop over workers; operations happen in the
-// written order (no contraction, no re-association), which makes the bits equal everywhere.
+// written order (no contraction, no re-association), which makes the bits equal everywhere. A flag that several values
+// depend on is kept as a T: GCC makes no vector loop of such choices by a bool.
 //
 // A header of this directory ends with `using Rules = RuleList<...>` in the namespace
 // qgm::rules::<name of the header>. The build finds the header by itself (setup.py) and compiles every rule in it.

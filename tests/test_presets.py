@@ -14,7 +14,7 @@ from qgm_ext.experiments import inputs
 from qgm_ext.experiments.comparison_files import preset, preset_names
 from test_datasets import AGNEWS, write_cifar, write_images
 
-PAPERS = sorted(set(preset_names()) - {"paper-small", "paper-small-cnn", "text-small"})
+PAPERS = sorted(set(preset_names()) - {"paper-small", "paper-small-cnn", "paper-small-social", "text-small"})
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def test_all_presets_are_there() -> None:
         "paper-imagenet",
         "paper-small",
         "paper-small-cnn",
+        "paper-small-social",
         "paper-table1",
         "paper-vgg",
         "relaysum-table2",

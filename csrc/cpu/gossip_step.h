@@ -154,7 +154,7 @@ struct GossipTile {
   };
 
   // Merges mixed messages into a row, of which mixed(at)(k, c) is message k at coordinate at + c; merged(at) after each
-  // chunk. The rule is a copy: behind a reference its flags would be read, and asked, for each coordinate.
+  // chunk.
   template <class Chunk, class Mixed, class Merged>
   static QGM_HD void merge_chunks(Rule rule, Row r, int64_t length, Chunk chunk, const Mixed& mixed,
                                   const Merged& merged) {

@@ -137,7 +137,7 @@ def test_a_run_from_a_pretrained_model_and_its_tokenizer(tmp_path: Path) -> None
     assert result.finished
     moved = result.simulator.models[0].model.distilbert.embeddings.word_embeddings.weight
     assert moved.shape == (9, 16)
-    with pytest.raises(TypeError, match="pretrained"):
+    with pytest.raises(ValueError, match="pretrained is for distilbert; mlp starts"):
         run(TrainConfig(**SMALL, model="mlp", pretrained=str(tmp_path / "model")))
 
 

@@ -69,7 +69,7 @@ def test_core_is_clean(tmp_path, flags):
         ),
         (
             THREAD,
-            ("cpu/gossip_step.h", "scratch.data() + thread * per_thread", "scratch.data() + 0 * thread"),
+            ("cpu/shares.h", "scratch.data() + thread * scratch_size", "scratch.data() + 0 * thread"),
             "data race",
         ),
     ],

@@ -16,10 +16,9 @@
 
 #include "../arguments.h"
 #include "merge_plan.h"
-#include "parallel.h"
 #include "reduce.h"
 #include "rule_loops.h"
-#include "scratch.h"
+#include "shares.h"
 #include "simd.h"
 #include "storage.h"
 
@@ -39,9 +38,9 @@ constexpr int64_t kChunkWidth = kChunk;
 // enough that the rows which wait for messages, a few on a sparse graph, are in L1.
 constexpr int64_t kTileWidth = 512;
 static_assert(kTileWidth % kChunkWidth == 0);
-// Pieces of kWidth coordinates in the smallest share of a thread.
-template <class Rule, int64_t kWidth>
-constexpr int64_t kSmallestShare = kHasNorm<Rule> ? kReduceBlock / kWidth : 1;
+// Coordinates in the smallest share of a thread, of a pass in pieces of kPiece.
+template <class Rule, int64_t kPiece>
+constexpr int64_t kSmallestShare = kHasNorm<Rule> ? kReduceBlock : kPiece;
 
 // Where the sweep goes after worker i of the tile at `begin`: so far ahead rows are asked for. A run in one row is too
 // short for the hardware prefetcher to learn.
@@ -255,28 +254,11 @@ struct GossipTile {
     }
   }
 
-  // The short chunk at the end of the rows: once a call, so one version for all SIMD levels is enough.
+  // The short chunk at the end of the rows.
   __attribute__((noinline)) static void run_rest(const GossipStepArguments& a, int64_t begin, T* scratch) {
     tile(a, Rule(a.hyper), begin, a.cols - begin, a.cols - begin, scratch);
   }
 };
-
-template <template <class> class RuleOf, class Compute>
-void gossip_tiles(const GossipStepArguments& a) {
-  using Tile = GossipTile<RuleOf, Compute>;
-  constexpr int64_t kShare = kSmallestShare<typename Tile::Rule, kChunkWidth> * kChunkWidth;
-  const int64_t whole = a.cols / kChunkWidth * kChunkWidth, shares = (a.cols + kShare - 1) / kShare;
-  const int threads = threads_for(a.rows * a.cols, shares, a.threads);
-  const int64_t per_thread = Tile::Scratch::size(a);
-  const ScratchBuffer<Compute> scratch(threads * per_thread);
-  parallel_for(shares, threads, [&](int thread, int64_t first, int64_t last) {
-    Compute* const mine = scratch.data() + thread * per_thread;
-    const int64_t end = std::min(last * kShare, a.cols);
-    SimdLevels<Tile, const GossipStepArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first * kShare,
-                                                                                  std::min(end, whole), mine);
-    if (end > whole) Tile::run_rest(a, whole, mine);
-  });
-}
 
 template <template <class> class RuleOf, class Storage>
 void gossip_step(const GossipStepArguments& a) {
@@ -284,7 +266,9 @@ void gossip_step(const GossipStepArguments& a) {
   typed.storage = kDTypeOf<Storage>;
   const MergePlan plan(a.mixing, a.rows);
   typed.plan = &plan;
-  gossip_tiles<RuleOf, Compute<Storage>>(typed);
+  using Tile = GossipTile<RuleOf, Compute<Storage>>;
+  constexpr int64_t kShare = kSmallestShare<typename Tile::Rule, kChunkWidth>;
+  run_in_shares<Tile, Compute<Storage>>(typed, a.rows, a.cols, kShare, kChunkWidth, Tile::Scratch::size(typed));
 }
 
 }  // namespace qgm::cpu

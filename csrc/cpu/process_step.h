@@ -116,14 +116,16 @@ struct MergeBody {
     return for_row(Rule(a.hyper), static_cast<const T*>(a.row_scalars), 0);
   }
 
-  // Whole tiles [first, last).
+  // Coordinates [first, last), whole tiles.
   static QGM_HD void run(const MergeArguments& a, int64_t first, int64_t last, T* scratch) {
     const auto rule = rule_of(a);
     const T* const weights = load_weights(a, scratch);
-    for (int64_t t = first; t < last; ++t) tile(a, rule, weights, t * kProcessTileWidth, kProcessTile, scratch);
+    for (int64_t begin = first; begin < last; begin += kProcessTileWidth) {
+      tile(a, rule, weights, begin, kProcessTile, scratch);
+    }
   }
 
-  // The short tile at the end: once a call, so one version for all SIMD levels is enough.
+  // The short tile at the end.
   __attribute__((noinline)) static void run_rest(const MergeArguments& a, int64_t begin, T* scratch) {
     tile(a, rule_of(a), load_weights(a, scratch), begin, a.size - begin, scratch);
   }
@@ -139,29 +141,13 @@ void local_step(const LocalStepArguments& a) {
   });
 }
 
-template <template <class> class RuleOf, class Compute>
-void merge_tiles(const MergeArguments& a) {
-  using Body = MergeBody<RuleOf, Compute>;
-  const int64_t whole = a.size / kProcessTileWidth, tiles = (a.size + kProcessTileWidth - 1) / kProcessTileWidth;
-  constexpr int64_t kShare = kSmallestShare<typename Body::Rule, kProcessTileWidth>;
-  const int64_t shares = (tiles + kShare - 1) / kShare;
-  const int threads = threads_for(a.size, shares, a.threads);
-  const int64_t per_thread = Body::kWeightsAt + a.terms;
-  const ScratchBuffer<Compute> scratch(threads * per_thread);
-  parallel_for(shares, threads, [&](int thread, int64_t first, int64_t last) {
-    Compute* const mine = scratch.data() + thread * per_thread;
-    const int64_t end = std::min(last * kShare, tiles);
-    SimdLevels<Body, const MergeArguments&, int64_t, int64_t, Compute*>::run(a.simd, a, first * kShare,
-                                                                             std::min(end, whole), mine);
-    if (end > whole) Body::run_rest(a, whole * kProcessTileWidth, mine);
-  });
-}
-
 template <template <class> class RuleOf, class Storage>
 void merge(const MergeArguments& a) {
   MergeArguments typed = a;
   typed.storage = kDTypeOf<Storage>;
-  merge_tiles<RuleOf, Compute<Storage>>(typed);
+  using Body = MergeBody<RuleOf, Compute<Storage>>;
+  constexpr int64_t kShare = kSmallestShare<typename Body::Rule, kProcessTileWidth>;
+  run_in_shares<Body, Compute<Storage>>(typed, 1, a.size, kShare, kProcessTileWidth, Body::kWeightsAt + a.terms);
 }
 
 }  // namespace qgm::cpu

@@ -161,7 +161,7 @@ struct RelayTile {
     }
   }
 
-  // The short chunk at the end of the rows: once a call, so one version for all SIMD levels is enough.
+  // The short chunk at the end of the rows.
   __attribute__((noinline)) static void run_rest(const RelayStepArguments& a, int64_t begin, T* scratch) {
     tile(a, Rule(a.hyper), begin, a.cols - begin, a.cols - begin, scratch);
   }
@@ -173,17 +173,7 @@ void relay_step(const RelayStepArguments& a) {
   using Tile = RelayTile<RuleOf, T>;
   RelayStepArguments typed = a;
   typed.storage = kDTypeOf<Storage>;
-  const int64_t whole = a.cols / kChunkWidth * kChunkWidth, chunks = (a.cols + kChunkWidth - 1) / kChunkWidth;
-  const int threads = threads_for(a.rows * a.cols, chunks, a.threads);
-  const int64_t per_thread = Tile::Scratch::size(typed);
-  const ScratchBuffer<T> scratch(threads * per_thread);
-  parallel_for(chunks, threads, [&](int thread, int64_t first, int64_t last) {
-    T* const mine = scratch.data() + thread * per_thread;
-    const int64_t end = std::min(last * kChunkWidth, a.cols);
-    SimdLevels<Tile, const RelayStepArguments&, int64_t, int64_t, T*>::run(a.simd, typed, first * kChunkWidth,
-                                                                           std::min(end, whole), mine);
-    if (end > whole) Tile::run_rest(typed, whole, mine);
-  });
+  run_in_shares<Tile, T>(typed, a.rows, a.cols, kChunkWidth, kChunkWidth, Tile::Scratch::size(typed));
 }
 
 }  // namespace qgm::cpu

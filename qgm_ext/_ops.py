@@ -116,6 +116,22 @@ def _check_like(
         raise ValueError(f"{op}: {name} must be contiguous along its last dimension, got strides {tensor.stride()}")
 
 
+def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _check_rows_of_state(op: str, state: Sequence[Tensor], x: Tensor) -> None:
+    """State vectors of stacked workers, [n, D] with one row stride."""
+    for k, vector in enumerate(state):
+        _check_like(op, f"state[{k}]", vector, x.shape, compute_dtype(x.dtype), x.device)
+        if vector.stride(0) != state[0].stride(0):
+            raise ValueError(
+                f"{op}: all state vectors must have one row stride, "
+                f"got {state[0].stride(0)} and, for state[{k}], {vector.stride(0)}"
+            )
+
+
 def _check_x(op: str, x: Tensor, dimensions: int) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"{op}: x must be float64, float32, bfloat16 or float16, got {x.dtype}")
@@ -162,8 +178,7 @@ def _row_scalars(op: str, rule: Rule, row_scalars: Tensor | None, x: Tensor) -> 
         raise ValueError(f"{op}: rule {rule.name!r} takes no row_scalars, got {_describe(row_scalars)}")
     shape = torch.Size((*x.shape[:-1], rule.row_scalars))
     _check_like(op, "row_scalars", row_scalars, shape, compute_dtype(x.dtype), x.device)
-    if not row_scalars.is_contiguous():
-        raise ValueError(f"{op}: row_scalars must be contiguous, got strides {row_scalars.stride()}")
+    _check_contiguous(op, "row_scalars", row_scalars)
     return row_scalars.data_ptr()
 
 
@@ -176,8 +191,7 @@ def _block_sums(op: str, rule: Rule, block_sums: Tensor | None, x: Tensor) -> in
     if rule.norm_state < 0:
         raise ValueError(f"{op}: rule {rule.name!r} takes no block_sums, got {_describe(block_sums)}")
     _check_like(op, "block_sums", block_sums, block_sums_shape(x), torch.float64, x.device)
-    if not block_sums.is_contiguous():
-        raise ValueError(f"{op}: block_sums must be contiguous, got strides {block_sums.stride()}")
+    _check_contiguous(op, "block_sums", block_sums)
     return block_sums.data_ptr()
 
 
@@ -212,13 +226,7 @@ def _gossip_step(
     _check_counts(op, known, state, hyper)
     shape, compute = x.shape, compute_dtype(x.dtype)
     _check_like(op, "g", g, shape, x.dtype, device)
-    for k, vector in enumerate(state):
-        _check_like(op, f"state[{k}]", vector, shape, compute, device)
-        if vector.stride(0) != state[0].stride(0):
-            raise ValueError(
-                f"{op}: all state vectors must have one row stride, "
-                f"got {state[0].stride(0)} and, for state[{k}], {vector.stride(0)}"
-            )
+    _check_rows_of_state(op, state, x)
     if form not in _FORMS:
         raise ValueError(f"{op}: form must be one of {', '.join(_FORMS)}, got {form!r}")
     _check_like(op, "row_offsets", row_offsets, torch.Size((shape[0] + 1,)), torch.int32, device)
@@ -270,10 +278,7 @@ def _relay_step(
     _check_counts(op, known, state, hyper)
     compute, (n, dim), trees = compute_dtype(x.dtype), x.shape, offsets.shape[0]
     _check_like(op, "g", g, x.shape, x.dtype, device)
-    for k, vector in enumerate(state):
-        _check_like(op, f"state[{k}]", vector, x.shape, compute, device)
-        if vector.stride(0) != state[0].stride(0):
-            raise ValueError(f"{op}: all state vectors must have one row stride, state[{k}] has another")
+    _check_rows_of_state(op, state, x)
     edges = 2 * (n - 1)
     _check_like(op, "messages", messages, torch.Size((edges, dim)), compute, device)
     _check_like(op, "offsets", offsets, torch.Size((trees, n + 1)), torch.int32, device)
@@ -281,8 +286,7 @@ def _relay_step(
     _check_like(op, "reverse", reverse, torch.Size((trees, edges)), torch.int32, device)
     _check_like(op, "counts", counts, torch.Size((trees, n)), compute, device)
     for name, tensor in (("offsets", offsets), ("senders", senders), ("reverse", reverse), ("counts", counts)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
+        _check_contiguous(op, name, tensor)
     kept = [("messages", messages)] if edges else []
     _check_disjoint(op, [("x", x), *kept, *((f"state[{k}]", v) for k, v in enumerate(state))], [("g", g)])
     _native(device.type).relay_step(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from process_pool import ProcessPool
 from qgm_ext.experiments.config import TrainConfig
-from qgm_ext.experiments.train import Training, resume, run
+from qgm_ext.experiments.train import Result, Training, resume, run
 
 FIGURES = (
     "step",
@@ -69,17 +69,23 @@ def cases(n: int) -> list[dict[str, Any]]:
     ]
 
 
+def check_trained_alike(results: list[Any], k: int, case: dict[str, Any], expected: Result) -> None:
+    """Case k has left every process with the parameters and metrics of its worker in one process."""
+    for rank, found in enumerate(results):
+        parameters, metrics, _ = found[k]
+        assert torch.equal(parameters, flattened(expected.simulator.models[rank])), f"{case}, rank {rank}"
+        assert metrics == figures(expected.metrics), f"{case}, rank {rank}"
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_processes_train_as_the_simulator(pool: ProcessPool, n: int) -> None:
     wanted = cases(n)
     results = pool.run(train, n, wanted, limit=200.0)
     for k, case in enumerate(wanted):
         expected = run(TrainConfig(**case))
+        check_trained_alike(results, k, case, expected)
         for rank in range(n):
-            parameters, metrics, average = results[rank][k]
-            assert torch.equal(parameters, flattened(expected.simulator.models[rank])), f"{case}, rank {rank}"
-            assert metrics == figures(expected.metrics), f"{case}, rank {rank}"
-            assert (average is None) == (rank > 0)
+            assert (results[rank][k][2] is None) == (rank > 0)
         assert torch.equal(results[0][k][2], flattened(expected.simulator.average_model()))
 
 
@@ -96,11 +102,7 @@ def test_overlap_trains_to_the_same_bits(pool: ProcessPool) -> None:
     wanted = [case | {"overlap": True, "bucket_mb": 0.01} for case in plain]  # buckets of 2500 numbers
     results = pool.run(train, n, wanted, limit=200.0)
     for k, case in enumerate(plain):
-        expected = run(TrainConfig(**case))
-        for rank in range(n):
-            parameters, metrics, _ = results[rank][k]
-            assert torch.equal(parameters, flattened(expected.simulator.models[rank])), f"{case}, rank {rank}"
-            assert metrics == figures(expected.metrics), f"{case}, rank {rank}"
+        check_trained_alike(results, k, case, run(TrainConfig(**case)))
 
 
 def train_beside_a_slow_one(rank: int, n: int) -> dict[str, Any]:

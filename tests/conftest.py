@@ -12,7 +12,7 @@ import pytest
 
 # Assertions in these helpers show what differs, as those in tests do.
 pytest.register_assert_rewrite(
-    "cross_gradient_runs", "quadratic_runs", "simulator_runs", "small_training", "train_runs"
+    "cli_runs", "cross_gradient_runs", "quadratic_runs", "simulator_runs", "small_training", "train_runs"
 )
 
 os.environ["PYTHONSAFEPATH"] = "1"

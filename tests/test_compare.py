@@ -14,10 +14,9 @@ import time
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from cli_runs import qgm
 from qgm_ext import data, evaluate
-from qgm_ext.cli import app
 from qgm_ext.experiments import compare_check, compare_worker, results, run, runfolder
 from qgm_ext.experiments.compare import CompareError, compare
 from qgm_ext.experiments.comparison_files import from_dict
@@ -253,13 +252,6 @@ num_train = 200
 batch = 8
 steps = 12
 """
-
-
-def qgm(*arguments):
-    result = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, [str(word) for word in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 def start(*arguments):

@@ -11,9 +11,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from qgm_ext.cli import app
+from cli_runs import qgm
 from qgm_ext.experiments import report
 from qgm_ext.experiments.compare import compare
 from qgm_ext.experiments.comparison_files import from_dict
@@ -178,20 +177,15 @@ def test_a_browser_loads_every_picture_and_a_phone_need_not_scroll_sideways(fold
     check_content(Page(browse(page, tmp_path, "--dump-dom")))
 
 
-def qgm(*arguments):
-    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(word) for word in arguments])
-    return result.exit_code, result.output
-
-
 def test_the_command_writes_the_report_where_it_says(folder, tmp_path):
-    code, output = qgm("report", folder, "--out", tmp_path / "there")
+    code, output = qgm("report", folder, "--out", tmp_path / "there", columns=200)
     assert code == 0
     assert output == f"The report is {tmp_path / 'there' / 'index.html'}\n"
     assert (tmp_path / "there" / "index.html").exists()
 
 
 def test_the_command_refuses_what_is_no_comparison(tmp_path):
-    code, output = qgm("report", tmp_path)
+    code, output = qgm("report", tmp_path, columns=200)
     assert code == 2
     assert output.startswith(f"qgm: there is no comparison in {tmp_path}")
 

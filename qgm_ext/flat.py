@@ -57,6 +57,7 @@ class FlatLayout:
         self.offsets = tuple(offsets)
         self.segments = tuple((offset, shape.numel()) for offset, shape in zip(offsets, self.shapes, strict=True))
         self.size = end
+        self._gaps: dict[torch.device, Tensor] = {}
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors as views of a flat buffer, [..., size] -> each [..., *shape]."""
@@ -73,6 +74,15 @@ class FlatLayout:
             buffer.narrow(-1, offset, length).view((*lead, *shape))
             for (offset, length), shape in zip(self.segments, self.shapes, strict=True)
         ]
+
+    def clear_gaps(self, buffer: Tensor) -> None:
+        """Put zeros into the gaps of a flat buffer, [..., size], in place: NaN, as a factor, may have reached them."""
+        if buffer.device not in self._gaps:
+            is_gap = torch.ones(self.size, dtype=torch.bool)
+            for offset, length in self.segments:
+                is_gap[offset : offset + length] = False
+            self._gaps[buffer.device] = is_gap.nonzero()[:, 0].to(buffer.device)
+        buffer.index_fill_(-1, self._gaps[buffer.device], 0.0)
 
     def allocate(self, *lead: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A zeroed buffer [*lead, size]."""

@@ -119,7 +119,7 @@ class Simulator:
         self._frozen = {name: p for name, p in base.named_parameters() if not p.requires_grad}
         n = topology.num_workers
 
-        layout = FlatLayout(p.shape for p in trainable.values())
+        self._layout = layout = FlatLayout(p.shape for p in trainable.values())
         x = layout.allocate(n, dtype=first.dtype, device=first.device)
         self.g = torch.zeros_like(x)
         stacked = layout.views(x)
@@ -428,8 +428,11 @@ class Simulator:
             for row, factor in zip(self.g, scale.tolist(), strict=True):
                 if not factor >= 1.0:  # NaN scales too
                     row.mul_(factor)
+                    if math.isnan(factor):
+                        self._layout.clear_gaps(row)
         else:
             self.g.mul_(scale.to(ops.compute_dtype(self.g.dtype))[:, None])
+            self._layout.clear_gaps(self.g)
 
     def _bind(self) -> None:
         """Take over values of parameters that lie elsewhere by now (``p.data = ...``), and make them views again."""

@@ -297,6 +297,21 @@ def poisoned(step, n):
     return x, y
 
 
+def test_clipping_goes_on_after_a_gradient_that_is_not_finite():
+    """NaN as a factor must not stay in the gaps between parameters, where no later gradient replaces it."""
+    sims = [
+        Simulator(mlp(torch.float32), topology.ring(3), "dsgdm", lr=0.1, clip_grad_norm=0.1, on_nonfinite="skip")
+        for _ in range(2)
+    ]
+    x, y = poisoned(0, 3)
+    sims[1].step(F.cross_entropy, (x.float(), y))
+    for sim in sims:
+        x, y = data(1, 3)
+        sim.step(F.cross_entropy, (x.float(), y))
+    assert [sim.opt.skipped_steps for sim in sims] == [0, 1]
+    assert torch.equal(sims[0].opt.x, sims[1].opt.x)
+
+
 def test_nonfinite_gradient_is_skipped_with_all_its_traces():
     sim = Simulator(batch_norm(), topology.ring(3), "qg_dsgdm", lr=0.1, on_nonfinite="skip", clip_grad_norm=1.0)
     sim.step(F.cross_entropy, data(0, 3))

@@ -18,7 +18,7 @@ import torch
 from conftest import paired_minimum, report, size
 from qgm_ext import StackedOptimizer, _cpu, algorithms, reference, topology
 
-NAMES = [name for name in algorithms.names() if not algorithms.get_class(name).needs_simulator]
+NAMES = [name for name in algorithms.names() if not algorithms.get_class(name).needs_model]
 # Arrays of the model's size that a step reads and writes besides x and g: (read, written). Default: all of the state.
 STATE = {"qg_dadam": (3, 3), "slowmo": (1, 1)}
 

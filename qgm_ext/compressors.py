@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from qgm_ext.hints import did_you_mean
 __all__ = [
     "NAMES",
     "BFloat16",
+    "Compressed",
     "Compressor",
     "Identity",
     "Int8",
@@ -37,6 +38,18 @@ __all__ = [
     "generator",
     "make",
 ]
+
+
+class Compressed(NamedTuple):
+    """Rows that have been compressed.
+
+    Args:
+        values: what their receivers unpack, [rows, D].
+        data: of each row what is sent, uint8; None where nothing is.
+    """
+
+    values: Tensor
+    data: list[Tensor] | None = None
 
 
 class Compressor:
@@ -70,6 +83,10 @@ class Compressor:
         """Bytes of the message for a vector of ``d`` numbers of ``itemsize`` bytes."""
         raise NotImplementedError
 
+    def packed_bytes(self, d: int, itemsize: int = 4) -> int:
+        """Bytes that :meth:`pack` makes of ``d`` numbers: those of the message, but for signs that may be 0."""
+        return self.message_bytes(d, itemsize)
+
     def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The message itself.
 
@@ -78,7 +95,7 @@ class Compressor:
             generator: if ``is_random``, the sender's.
 
         Returns:
-            [message_bytes] uint8, of which :meth:`unpack` makes what a call makes of ``values``.
+            [packed_bytes] uint8, of which :meth:`unpack` makes what a call makes of ``values``.
         """
         raise NotImplementedError
 
@@ -293,15 +310,27 @@ class ScaledSign(Compressor):
     def message_bytes(self, d: int, itemsize: int = 4) -> int:
         return -(-d // 8) + itemsize  # one bit a number (zeros are rare) and the scale
 
+    def packed_bytes(self, d: int, itemsize: int = 4) -> int:
+        return -(-d * self._bits // 8) + itemsize
+
+    @property
+    def _bits(self) -> int:
+        return 2 - self.sign_of_zero  # a sign that may be 0 takes two
+
     def pack(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if self.sign_of_zero == 0:
-            raise ValueError("only signs with sign_of_zero=1 can be packed in one bit a number")
         scale = _mean_magnitudes(values[None])[0]
-        return torch.cat([_bytes(scale), _pack_bits((values >= 0).to(torch.int64), 1)])
+        codes = (values >= 0).to(torch.int64)
+        if self.sign_of_zero == 0:
+            codes += (values > 0).to(torch.int64)
+        return torch.cat([_bytes(scale), _pack_bits(codes, self._bits)])
 
     def unpack(self, packed: Tensor, out: Tensor, generator: torch.Generator | None = None) -> None:
         scale = _numbers(packed[: out.element_size()], out.dtype)
-        out.copy_(_unpack_bits(packed[out.element_size() :], 1, len(out))).mul_(2 * scale).sub_(scale)
+        out.copy_(_unpack_bits(packed[out.element_size() :], self._bits, len(out)))
+        if self.sign_of_zero == 0:
+            out.sub_(1).mul_(scale)
+        else:
+            out.mul_(2 * scale).sub_(scale)
 
 
 @dataclass(frozen=True)

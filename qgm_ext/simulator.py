@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from qgm_ext import cuda_graph as graphs
 from qgm_ext import engines, ops
 from qgm_ext.algorithms import Algorithm
-from qgm_ext.cross_gradients import CrossOptimizer, make_optimizer
+from qgm_ext.cross_optimizer import CrossOptimizer, make_optimizer
 from qgm_ext.engines import BufferSnapshot, Closure, Engine, Workers
 from qgm_ext.evaluate import Evaluation, Samples, accuracies_and_losses, evaluation_mode
 from qgm_ext.flat import FlatLayout

@@ -132,7 +132,7 @@ class StackedOptimizer:
             raise TypeError(f"algorithm must be a name or an Algorithm, got {type(algorithm).__name__}")
         elif hyper:
             raise TypeError(f"hyper-parameters ({', '.join(hyper)}) go with an algorithm's name; change the Algorithm")
-        if algorithm.needs_simulator and not self._takes_models:
+        if algorithm.needs_model and not self._takes_models:
             raise ValueError(
                 f"{algorithm.name} needs more than one gradient a step, which StackedOptimizer can't compute; use "
                 "qgm_ext.Simulator"

@@ -1,4 +1,4 @@
-"""Runs of the algorithms that only the Simulator can run, and their comparison with slow texts."""
+"""Runs of the algorithms that take gradients elsewhere, and their comparison with slow texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rows import ALGORITHMS
 from rows.slow import CLASSES, F64, FEATURES, LR, batches, lr_at, smooth_mlp
 
 STEPS = 8
-ROWS = {name: row for name, row in ALGORITHMS.items() if algorithms.get_class(name).needs_simulator}
+ROWS = {name: row for name, row in ALGORITHMS.items() if algorithms.get_class(name).needs_model}
 
 
 def simulator(name, topo, engine="loop", model=None, **hyper):

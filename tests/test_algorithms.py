@@ -16,7 +16,7 @@ from quadratic_runs import F64, RING, run, same_path
 from rows import ALGORITHMS
 from rows.base import Quadratics, optimum
 
-ROWS = {name: row for name, row in ALGORITHMS.items() if not algorithms.get_class(name).needs_simulator}
+ROWS = {name: row for name, row in ALGORITHMS.items() if not algorithms.get_class(name).needs_model}
 
 
 def test_every_algorithm_has_a_row():

@@ -120,7 +120,7 @@ def test_zero_stays_zero_and_the_argument_is_left_alone(name):
 
 PACKED = [
     Identity(), TopK(0.7), RandomK(0.7), RandomK(0.5, unbiased=True), Qsgd(1), Qsgd(7), Qsgd(16),
-    Qsgd(4, unbiased=True), ScaledSign(1), BFloat16(), Int8(),
+    Qsgd(4, unbiased=True), ScaledSign(0), ScaledSign(1), BFloat16(), Int8(),
 ]  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_a_packed_message_has_its_bytes_and_unpacks_to_the_same_bits(compressor,
             expected = compressor(values, [whole] if compressor.is_random else [])
             packed = compressor.pack(values[0], sender)
             assert packed.dtype == torch.uint8
-            assert len(packed) == compressor.message_bytes(d, dtype.itemsize)
+            assert len(packed) == compressor.packed_bytes(d, dtype.itemsize)
             out = torch.full((d,), 7.0, dtype=dtype)
             odd = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]  # bytes may begin anywhere
             compressor.unpack(odd, out, receiver)
@@ -153,13 +153,17 @@ def test_a_packed_message_does_not_hide_nan(compressor):
     assert out.isnan().any()
 
 
-def test_places_of_another_seed_are_refused_and_signs_with_zeros_are_not_packed():
+def test_a_packed_message_has_the_bytes_that_are_counted_but_for_signs_of_zero():
+    for compressor in PACKED:
+        more = -(-2 * 100 // 8) - -(-100 // 8) if compressor == ScaledSign(0) else 0
+        assert compressor.packed_bytes(100) == compressor.message_bytes(100) + more
+
+
+def test_places_of_another_seed_are_refused():
     with pytest.raises(ValueError, match="places drawn from another seed"):
         RandomK(0.5).unpack(
             RandomK(0.5).pack(torch.ones(4), compressors.generator(1)), torch.empty(4), compressors.generator(2)
         )
-    with pytest.raises(ValueError, match="only signs with sign_of_zero=1 can be packed"):
-        ScaledSign(0).pack(torch.ones(4))
 
 
 @pytest.mark.parametrize("name", compressors.NAMES)

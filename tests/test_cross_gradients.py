@@ -1,4 +1,4 @@
-"""The algorithms that only the Simulator can run, against slow texts of their equations, one worker after the other.
+"""The algorithms that take gradients elsewhere, against slow texts of their equations, one worker after the other.
 
 The texts are in rows, beside what else is known of each algorithm. More on CCL is in test_ccl.py.
 """
@@ -17,7 +17,8 @@ from torch import nn
 import qgm_ext as qgm
 from cross_gradient_runs import ROWS, STEPS, advance, assert_equals_slow_text, plain_mlp, rows_of, simulator
 from qgm_ext import algorithms, topology
-from qgm_ext.cross_gradients import CrossOptimizer, Links
+from qgm_ext.cross_gradients import Links
+from qgm_ext.cross_optimizer import CrossOptimizer
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.train import run as train
 from qgm_ext.stacked import NonFiniteGradientError

@@ -235,7 +235,7 @@ def test_a_time_varying_topology_is_recorded_once_a_period(runtime: StandIn) -> 
 NEW_NUMBERS = {"d_adam", "cadam"}  # bias corrections
 
 
-@pytest.mark.parametrize("name", [n for n in algorithms.names() if not algorithms.get_class(n).needs_simulator])
+@pytest.mark.parametrize("name", [n for n in algorithms.names() if not algorithms.get_class(n).needs_model])
 def test_every_algorithm_replays_to_the_same_bits(runtime: StandIn, name: str) -> None:
     topo = topology.binary_tree(7) if name.startswith("relay") else topology.ring(7)
     pair = Pair(mlp(), topo, name)

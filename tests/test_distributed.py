@@ -49,7 +49,7 @@ STATIC = {"choco_sgd"}
 def cases(n: int) -> list[tuple[Any, ...]]:
     """Every algorithm, on topologies and in dtypes that change from one to the next; one bucket and many."""
     found: list[tuple[Any, ...]] = []
-    names = [name for name in algorithms.names() if not algorithms.get_class(name).needs_simulator]
+    names = [name for name in algorithms.names() if not algorithms.get_class(name).needs_model]
     graphs = ["ring", "one_peer_exponential", "exponential", "complete", "random_matching", "chain", "two_directed"]
     dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float16]
     for k, name in enumerate(names):
@@ -279,8 +279,8 @@ def test_options_of_the_runtime_are_checked(arguments: dict[str, Any], error: ty
         QGSGD([nn.Parameter(torch.zeros(2))], lr=0.1, **arguments)
 
 
-def test_algorithms_that_need_the_simulator_say_so() -> None:
-    with pytest.raises(ValueError, match=r"ngc takes gradients at other points .* use qgm_ext.Simulator"):
+def test_algorithms_that_need_the_model_say_so() -> None:
+    with pytest.raises(ValueError, match=r"ngc takes gradients at other points .* use qgm_ext.optim.CrossGradient"):
         Decentralized([nn.Parameter(torch.zeros(2))], "ngc", lr=0.1)
 
 

@@ -29,7 +29,7 @@ def pool() -> Iterator[ProcessPool]:
 
 
 def names_without_simulator() -> list[str]:
-    return [name for name in algorithms.names() if not algorithms.get_class(name).needs_simulator]
+    return [name for name in algorithms.names() if not algorithms.get_class(name).needs_model]
 
 
 def sequence(name: str, n: int, gossips: list[bool]) -> topology.Topology:

@@ -65,6 +65,8 @@ def cases(n: int) -> list[dict[str, Any]]:
         {**common, "algorithm": "csgdm", "model": "cnn"},
         {**common, "algorithm": "choco_sgd", "hyper": {"compressor": "qsgd"}},
         {**common, "message": "int8", "topology": "complete"},
+        {**common, "algorithm": "comp_ngc", "clip": 1.0},
+        {**common, "algorithm": "ccl", "topology": "chain", "hyper": {"gamma": 0.5}, "dtype": "bfloat16"},
         {**common, "algorithm": "damsgrad", "message": "bfloat16", "lr": 0.01},
     ]
 

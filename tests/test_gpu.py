@@ -161,7 +161,7 @@ def test_stacked_optimizer_gives_the_bits_of_the_cpu_over_many_steps() -> None:
 
 
 # Compression runs in torch, whose sums have another order on a GPU.
-SAME_BITS = [n for n in algorithms.names() if not algorithms.get_class(n).needs_simulator and n != "choco_sgd"]
+SAME_BITS = [n for n in algorithms.names() if not algorithms.get_class(n).needs_model and n != "choco_sgd"]
 
 
 @pytest.mark.parametrize("name", SAME_BITS)

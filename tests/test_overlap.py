@@ -65,7 +65,7 @@ MANY_PASSES = {"choco_sgd", "qg_dadam", "relaysgd", "relaysgd_grad", "csgd", "cs
 def test_every_algorithm_has_the_bits_of_the_stacked_optimizer(pool: ProcessPool) -> None:
     n, cases = 3, []
     for k, name in enumerate(algorithms.names()):
-        if algorithms.get_class(name).needs_simulator:
+        if algorithms.get_class(name).needs_model:
             continue
         graph = "chain" if name.startswith("relaysgd") else "ring"
         if name in ("sgp", "qg_sgp"):

@@ -69,7 +69,7 @@ def test_lr_of_one_step_and_of_all_later_steps():
     assert torch.equal(opt.x, other.x)
 
 
-BY_GRADIENTS = [name for name in qgm.algorithms.names() if not qgm.algorithms.get_class(name).needs_simulator]
+BY_GRADIENTS = [name for name in qgm.algorithms.names() if not qgm.algorithms.get_class(name).needs_model]
 
 
 @pytest.mark.filterwarnings("ignore:d2.*eigenvalue")

@@ -170,8 +170,9 @@ class Algorithm:
         name: its name in :func:`get` and on the command line.
         messages: vectors of the model's size that a worker sends to each neighbour in a step.
         source: paper, and code where it was compared.
-        needs_simulator: whether a step takes more than the gradient at x (cross-gradients, features, a second
-            gradient), which only :class:`qgm_ext.Simulator` can compute; see
+        needs_model: whether a step takes more than the gradient at x (cross-gradients, features, a second
+            gradient), for which its optimizer must have the model (:class:`qgm_ext.Simulator`,
+            :class:`qgm_ext.optim.CrossGradient`); see
             :class:`qgm_ext.algorithms.cross_gradient.CrossGradientAlgorithm`.
         needs: what it asks of the topology, in words, for tables.
         any_columns: whether a mixing matrix may be column-stochastic only, as push-sum takes it.
@@ -184,7 +185,7 @@ class Algorithm:
     name: ClassVar[str]
     messages: ClassVar[int] = 1
     source: ClassVar[str]
-    needs_simulator: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
     needs: ClassVar[str] = "doubly stochastic"
     any_columns: ClassVar[bool] = False
     rounding_obstacle: ClassVar[str | None] = None
@@ -205,6 +206,11 @@ class Algorithm:
     def state_names(self) -> tuple[str, ...]:
         """The state vectors, each of the model's size, in the order of the rule if it is one rule that keeps all."""
         raise NotImplementedError
+
+    @property
+    def link_state_names(self) -> tuple[str, ...]:
+        """Those of ``state_names`` with a row for each link to a neighbour instead of each worker."""
+        return ()
 
     @property
     def can_skip_gossip(self) -> bool:

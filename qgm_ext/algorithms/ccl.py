@@ -15,7 +15,7 @@ from qgm_ext.algorithms.cross_gradient import MixFirstAlgorithm
 from qgm_ext.models.features import Features, Recorder, feature_layer
 
 if TYPE_CHECKING:
-    from qgm_ext.cross_gradients import CrossOptimizer, Probes
+    from qgm_ext.cross_gradients import CrossSteps, Probes
     from qgm_ext.topology import Topology
 
 
@@ -122,11 +122,10 @@ class Ccl(MixFirstAlgorithm):
             probes.own_gradients()
             return
         layer = feature_layer(probes.model)
-        sent, links = probes.opt.state["sent_params"], probes.links
         cross: dict[int, Features] = {}
-        for numbers in links.rounds:
-            cross.update(zip(numbers, probes.features(sent, numbers, layer), strict=True))
-        extras: list[dict[str, Tensor]] = [{} for _ in range(probes.num_workers)]
+        for numbers in probes.links.rounds:
+            cross.update(zip(numbers, probes.cross_features(numbers, layer), strict=True))
+        extras: list[dict[str, Tensor]] = [{} for _ in probes.batches]
         if self.lambda_m > 0 and cross:
             _add_neighbours_features(extras, probes, cross, layer)
         if self.lambda_d > 0:
@@ -134,7 +133,7 @@ class Ccl(MixFirstAlgorithm):
         closure = _Contrast(probes.closure, layer, self.lambda_m, self.lambda_d)
         probes.own_gradients(closure=closure, batches=list(zip(probes.batches, extras, strict=True)))
 
-    def take_mixing(self, opt: CrossOptimizer, before: Tensor, lr: float, first: bool) -> None:
+    def take_mixing(self, opt: CrossSteps, before: Tensor, lr: float, first: bool) -> None:
         if lr > 0:
             m, sent = opt.state["momentum_buffer"], opt.state["sent_params"]
             m.add_(sent - opt.x.to(m.dtype), alpha=1 / lr)
@@ -169,31 +168,32 @@ def _add_neighbours_features(
 ) -> None:
     """zc_j of all neighbours, [K, B, F], and 1 for each that is there, [K]: as many for every worker, K."""
     links, most = probes.links, max(probes.links.degrees)
-    for worker, extra in enumerate(extras):
+    for row, (worker, extra) in enumerate(zip(links.workers, extras, strict=True)):
         mine = [found.features for link, found in cross.items() if links.receivers[link] == worker]
         missing = most - len(mine)
-        like = mine[0] if mine else probes.features(None, [worker], layer)[0].features
+        like = mine[0] if mine else probes.own_features(row, layer).features
         extra["neighbours"] = torch.stack([*mine, *[torch.zeros_like(like)] * missing])
         extra["is_there"] = torch.tensor([1.0] * len(mine) + [0.0] * missing).to(like)
 
 
 def _add_class_sums(extras: list[dict[str, Tensor]], probes: Probes, cross: dict[int, Features], layer: str) -> None:
     """Sums of features and numbers of samples of each class, [C, F] and [C], from the neighbours' batches."""
-    links = probes.links
-    example = next(iter(cross.values())) if cross else probes.features(None, [0], layer)[0]
+    links, opt = probes.links, probes.opt
+    example = next(iter(cross.values())) if cross else probes.own_features(0, layer)
     num_classes = _num_classes(example.output)
-    for worker, batch in enumerate(probes.batches):
+    for worker, batch in zip(links.workers, probes.batches, strict=True):
         _check_classes(worker, batch, num_classes)
     width, dtype = example.features.shape[1], torch.promote_types(example.features.dtype, torch.float32)
-    for extra in extras:
-        extra["sums"] = example.features.new_zeros(num_classes, width, dtype=dtype)
-        extra["counts"] = example.features.new_zeros(num_classes, dtype=dtype)
-    for link, found in cross.items():
-        # The receiver of the parameters answers their sender.
-        sums, counts = _class_sums(found.features, probes.batches[links.receivers[link]][1], num_classes)
-        extras[links.senders[link]]["sums"] += sums
-        extras[links.senders[link]]["counts"] += counts
-    probes.opt.send(probes.opt.num_steps, num_classes * (width + 1) * dtype.itemsize)
+    answers = opt.answers(example.features.new_zeros(len(extras), num_classes, width + 1, dtype=dtype))
+    for numbers in links.rounds:
+        found = []
+        for link, row in zip(numbers, links.rows(numbers), strict=True):
+            sums, counts = _class_sums(cross[link].features, probes.batches[row][1], num_classes)
+            found.append(torch.cat([sums, counts[:, None]], dim=1))
+        answers.add(numbers, torch.stack(found))
+    for extra, total in zip(extras, answers.total(), strict=True):
+        extra["sums"], extra["counts"] = total[:, :width], total[:, width]
+    opt.send(opt.num_steps, num_classes * (width + 1) * dtype.itemsize)
 
 
 def _class_sums(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from qgm_ext import compressors
 from qgm_ext.algorithms.base import check_number, register
 from qgm_ext.algorithms.cross_gradient import MixFirstAlgorithm
+from qgm_ext.compressors import Compressed, Compressor
 
 if TYPE_CHECKING:
-    from qgm_ext.cross_gradients import CrossOptimizer, Probes
+    from qgm_ext.cross_gradients import Answers, CrossSteps, Probes
     from qgm_ext.topology import Topology
 
 
@@ -89,31 +90,34 @@ class Ngc(MixFirstAlgorithm):
             self.needs_both_directions(topology)
 
     def gradients(self, probes: Probes) -> None:
-        opt, links, n = probes.opt, probes.links, probes.num_workers
-        sent = opt.state["sent_params"]
+        opt, links = probes.opt, probes.links
         probes.own_gradients(self.slope)
-        own = self.to_send(opt, "own_error_memory", probes.g.to(opt.compute), range(n))
-        local, received = own.clone(), own.clone()
+        own = self.to_send(opt, "own_error_memory", probes.g.to(opt.compute), opt.workers).values
+        local, answers = own.clone(), self.answers(opt, own)
         for numbers in links.rounds:
-            cross = probes.cross_gradients(sent, numbers, self.slope)
-            cross = self.to_send(opt, "link_error_memory", cross, numbers)
-            for link, gradient in zip(numbers, cross, strict=True):
-                local[links.receivers[link]] += gradient
-                received[links.senders[link]] += gradient
+            cross = self.to_send(opt, "link_error_memory", probes.cross_gradients(numbers, self.slope), numbers)
+            local[links.rows(numbers)] += cross.values
+            answers.add(numbers, cross)
         if self.alpha > 0:
             opt.send(opt.num_steps, self.gradient_bytes(opt))
-        shares = torch.tensor([1.0 / (degree + 1) for degree in links.degrees], dtype=own.dtype, device=own.device)
-        probes.g.copy_(shares[:, None] * ((1 - self.alpha) * local + self.alpha * received))
+            local = (1 - self.alpha) * local + self.alpha * answers.total()
+        degrees = [links.degrees[worker] for worker in opt.workers]
+        shares = torch.tensor([1.0 / (degree + 1) for degree in degrees], dtype=own.dtype, device=own.device)
+        probes.g.copy_(shares[:, None] * local)
 
-    def to_send(self, opt: CrossOptimizer, memory: str, gradients: Tensor, rows: Sequence[int]) -> Tensor:
-        """The gradients as they are used and sent: as they are."""
-        return gradients
+    def to_send(self, opt: CrossSteps, memory: str, gradients: Tensor, numbers: Sequence[int]) -> Compressed:
+        """The gradients of some workers or links as they are used and sent: as they are."""
+        return Compressed(gradients)
 
-    def gradient_bytes(self, opt: CrossOptimizer) -> int:
+    def answers(self, opt: CrossSteps, own: Tensor) -> Answers:
+        """Where the cross-gradients go back to the neighbours whose models they are at."""
+        return opt.answers(own)
+
+    def gradient_bytes(self, opt: CrossSteps) -> int:
         """Size of one cross-gradient as it is sent."""
         return opt.vector_bytes
 
-    def take_mixing(self, opt: CrossOptimizer, before: Tensor, lr: float, first: bool) -> None:
+    def take_mixing(self, opt: CrossSteps, before: Tensor, lr: float, first: bool) -> None:
         if self.quasi_global and lr > 0:
             m_hat = opt.state["qg_momentum_buffer"]
             m_hat.mul_(self.momentum).add_((before - opt.x).to(m_hat.dtype), alpha=(1 - self.momentum) / lr)
@@ -162,29 +166,38 @@ class CompNgc(Ngc):
     def state_names(self) -> tuple[str, ...]:
         return (*super().state_names, "own_error_memory", "link_error_memory")
 
+    @property
+    def link_state_names(self) -> tuple[str, ...]:
+        return ("link_error_memory",)
+
     def state_rows(self, name: str, topology: Topology) -> int:
-        return topology.mixing(0).num_links if name == "link_error_memory" else topology.num_workers
+        return topology.mixing(0).num_links if name in self.link_state_names else topology.num_workers
 
     def check(self, topology: Topology, x: Tensor) -> None:
         super().check(topology, x)
-        if topology.is_time_varying:
-            raise ValueError(
-                f"{self.name} keeps an error memory for each neighbour, so the neighbours must be the same in every "
-                f"step; topology {topology.name!r} is time-varying"
-            )
+        self.needs_same_neighbours(topology, "an error memory for each neighbour")
 
-    def to_send(self, opt: CrossOptimizer, memory: str, gradients: Tensor, rows: Sequence[int]) -> Tensor:
-        compressor = compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
+    def make_compressor(self) -> Compressor:
+        """Build the compressor."""
+        return compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
+
+    def to_send(self, opt: CrossSteps, memory: str, gradients: Tensor, numbers: Sequence[int]) -> Compressed:
+        is_own = memory == "own_error_memory"
+        first = opt.workers.start if is_own else opt.links(opt.num_steps).first
+        rows = [number - first for number in numbers]
         kept = opt.pending(memory)
-        carried = kept[list(rows)] + gradients
+        carried = kept[rows] + gradients
         # Own gradients and links are numbered alike; an odd stream is an own gradient's.
-        streams = [2 * row + (memory == "own_error_memory") for row in rows]
-        packed = opt.compress(compressor, carried, streams, self.seed)
-        kept[list(rows)] = carried - packed
+        streams = [2 * number + is_own for number in numbers]
+        packed = opt.compress(self.make_compressor(), carried, streams, self.seed)
+        kept[rows] = carried - packed.values
         return packed
 
-    def gradient_bytes(self, opt: CrossOptimizer) -> int:
-        return opt.compressed_bytes(compressors.make(self.compressor, ratio=self.ratio, bits=self.bits))
+    def answers(self, opt: CrossSteps, own: Tensor) -> Answers:
+        return opt.answers(own, self.make_compressor(), self.seed)
+
+    def gradient_bytes(self, opt: CrossSteps) -> int:
+        return opt.compressed_bytes(self.make_compressor())
 
 
 @register

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from qgm_ext import compressors
@@ -13,7 +12,8 @@ from qgm_ext.algorithms.base import check_number, register
 from qgm_ext.algorithms.cross_gradient import CrossGradientAlgorithm
 
 if TYPE_CHECKING:
-    from qgm_ext.cross_gradients import CrossOptimizer, Probes
+    from qgm_ext.cross_gradients import CrossSteps, Probes
+    from qgm_ext.topology import Topology
 
 
 @register
@@ -65,12 +65,10 @@ class QSaddle(CrossGradientAlgorithm):
     def gradients(self, probes: Probes) -> None:
         probes.own_gradients(self.rho)
 
-    def advance(self, opt: CrossOptimizer, g: Tensor, lr: float) -> None:
+    def advance(self, opt: CrossSteps, g: Tensor, lr: float) -> None:
         hyper = [lr, self.momentum, self.qg_momentum, self.weight_decay]
-        mixing = opt.topology.mixing(opt.num_steps)
         opt.send(opt.num_steps, opt.vector_bytes)
-        rule = "qg_dsgdm_n" if self.nesterov else "qg_dsgdm"
-        opt.run_rule(rule, hyper, g, [opt.state["qg_momentum_buffer"]], mixing)
+        opt.gossip_rule("qg_dsgdm_n" if self.nesterov else "qg_dsgdm", hyper, g, self.state_names)
 
 
 @register
@@ -88,7 +86,7 @@ class CompQSaddle(QSaddle):
 
     where the public copies :math:`\hat x` start as the common initial parameters (as zero, if the workers start apart).
     Without compression and with gamma = 1 this is :class:`QSaddle`. The default is QSGD with 8 bits a number, a quarter
-    of float32. With lr = 0 ``m_hat`` stays.
+    of float32. With lr = 0 ``m_hat`` stays. The neighbours must be the same in every step.
 
     **Recalled, not verified:** the abstract tells of up to 4x compression and about 1 % loss, not of how; this is
     CHOCO-Gossip (Koloskova et al. 2019, arXiv 1902.00340) in the adapt-then-combine order.
@@ -103,6 +101,7 @@ class CompQSaddle(QSaddle):
     """
 
     name: ClassVar[str] = "comp_q_saddle"
+    needs: ClassVar[str] = "doubly stochastic, static"
 
     compressor: str = "qsgd"
     bits: int = 7
@@ -122,19 +121,22 @@ class CompQSaddle(QSaddle):
     def state_names(self) -> tuple[str, ...]:
         return ("qg_momentum_buffer", "public_params")
 
-    def start(self, opt: CrossOptimizer, lr: float) -> None:
-        if torch.equal(opt.x, opt.x[:1].expand_as(opt.x)):
+    def check(self, topology: Topology, x: Tensor) -> None:
+        super().check(topology, x)
+        self.needs_same_neighbours(topology, "a copy of what each neighbour has made public")
+
+    def start(self, opt: CrossSteps, lr: float) -> None:
+        if opt.start_alike():
             opt.state["public_params"].copy_(opt.x)
 
-    def advance(self, opt: CrossOptimizer, g: Tensor, lr: float) -> None:
+    def advance(self, opt: CrossSteps, g: Tensor, lr: float) -> None:
         compressor = compressors.make(self.compressor, ratio=self.ratio, bits=self.bits)
         m_hat, public = opt.state["qg_momentum_buffer"], opt.state["public_params"]
         before = opt.x.clone()
         self.descend(opt, g, lr, m_hat.clone())
-        public += opt.compress(compressor, opt.x - public, range(len(public)), self.seed)
+        change = opt.compress(compressor, opt.x - public, opt.workers, self.seed)
         opt.send(opt.num_steps, opt.compressed_bytes(compressor))
-        mixed = public.clone()
-        opt.mix(mixed, 1.0, opt.num_steps)
+        mixed = opt.mix_changes("public_params", change, compressor, opt.workers, self.seed)
         opt.x.copy_(opt.x + self.gamma * (mixed - public))
         if lr > 0:
             m_hat.mul_(self.qg_momentum).add_((before - opt.x).to(m_hat.dtype), alpha=(1 - self.qg_momentum) / lr)

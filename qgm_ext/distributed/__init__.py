@@ -6,7 +6,8 @@ Users build an optimizer of :mod:`qgm_ext.optim` with a topology of as many work
     opt = qgm_ext.optim.QGSGD(model.parameters(), lr=0.1, topology=qgm_ext.topology.ring(world_size))
 
 and everything else is as with torch.optim: ``loss.backward(); opt.step()``. ``optim.Decentralized(params, "d2",
-topology=..., lr=...)`` runs any algorithm by its name. The parts:
+topology=..., lr=...)`` runs any algorithm by its name, but for those that take gradients at other models than the
+worker's own: ``optim.CrossGradient(model, "ngc", topology=..., lr=...)``, ``opt.step(closure, batch)``. The parts:
 
 - :mod:`~qgm_ext.distributed.options`: :class:`RuntimeOptions`, the keyword arguments of these optimizers;
 - :mod:`~qgm_ext.distributed.agreement`: what all workers must agree on at the start;
@@ -14,6 +15,7 @@ topology=..., lr=...)`` runs any algorithm by its name. The parts:
 - :mod:`~qgm_ext.distributed.communication`: bytes and seconds of steps, ``opt.communication``;
 - :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors, and
   :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
+  :mod:`~qgm_ext.distributed.cross_worker`, the steps of algorithms that take gradients at neighbours' models;
 - :mod:`~qgm_ext.distributed.healing`, :mod:`~qgm_ext.distributed.roll`: going on without lost workers, and how the
   others agree on who is lost; :mod:`~qgm_ext.distributed.survivors`, how they meet between steps;
 - :mod:`~qgm_ext.distributed.stale`: merging old messages of slow neighbours instead of waiting, and

@@ -1,20 +1,30 @@
 """Whether all workers were started alike: a comparison of what each of them says about itself.
 
 What is exchanged is JSON in tensors of bytes; nothing that a peer sends is unpickled. :func:`gather_bytes`,
-:func:`as_bytes` and :func:`collective_device` are for others that exchange such tensors.
+:func:`as_bytes` and :func:`collective_device` are for others that exchange such tensors, :func:`digest` for those that
+compare some.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["DisagreementError", "as_bytes", "check_agreement", "collective_device", "gather_bytes", "gather_json"]
+__all__ = [
+    "DisagreementError",
+    "as_bytes",
+    "check_agreement",
+    "collective_device",
+    "digest",
+    "gather_bytes",
+    "gather_json",
+]
 
 _LARGEST = 1 << 28  # bytes that a worker may say about itself; more is garbage
 
@@ -117,6 +127,15 @@ def _shown(fields: Mapping[str, Any], name: str) -> str:
 def as_bytes(tensor: Tensor) -> Tensor:
     """Its bytes in the order of its elements, [k] uint8; a view of it if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """Equal where all bytes are."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        if tensor.numel():
+            sha.update(as_bytes(tensor.cpu()).numpy().data)
+    return sha.hexdigest()
 
 
 def collective_device(group: dist.ProcessGroup | None) -> torch.device:

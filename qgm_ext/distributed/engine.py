@@ -179,7 +179,7 @@ class WorkerEngine:
             self._relay(part, vectors, place)
         elif part.exact_mean and self.topology.num_workers > 1:
             self._exact_mean(part, vectors, place)
-        elif part.packed is not None and self._plan(part.mixing).talks:
+        elif part.packed is not None and self.plan(part.mixing).talks:
             self._send_packed(part, part.packed, vectors, place)
         elif (found := self.round(part, vectors, place)) is not None:
             found.finish()
@@ -191,7 +191,7 @@ class WorkerEngine:
 
     def round(self, part: Pass, vectors: Vectors, place: Place) -> Round | None:
         """The round of a pass, ready to be sent; None if this worker exchanges nothing in it."""
-        plan = self._plan(part.mixing)
+        plan = self.plan(part.mixing)
         if not plan.talks:
             return None
         if self.exchange is None:
@@ -211,7 +211,7 @@ class WorkerEngine:
                 self.worker,
                 buckets,
                 range(place.first_bucket, place.first_bucket + len(buckets)),
-                lambda size, bucket, slot: self._message(device, size, bucket, slot),
+                lambda size, bucket, slot: self.message(device, size, bucket, slot),
                 self.exchange,
                 self._written,
                 [memory[0] for memory in messages.memories(vectors.state)],
@@ -226,16 +226,16 @@ class WorkerEngine:
 
     def _send_packed(self, part: Pass, packed: PackedMessage, vectors: Vectors, at: Place) -> None:
         """A pass whose one message is compressed, in one piece."""
-        plan, x, g = self._plan(part.mixing), vectors.x[0], vectors.g[0]
+        plan, x, g = self.plan(part.mixing), vectors.x[0], vectors.g[0]
         state = [vectors.state[name][0] for name in part.state]
         mine = torch.empty(len(x), dtype=ops.compute_dtype(x.dtype), device=x.device)
         ops.local_step_(x, g, state, [mine], part.rule, part.hyper, None)
         size = packed.data.numel()
-        outgoing = self._message(x.device, size, at.first_bucket, -1)
+        outgoing = self.message(x.device, size, at.first_bucket, -1)
         outgoing.payload.copy_(packed.data)
-        incoming = {peer: self._message(x.device, size, at.first_bucket, k) for k, peer in enumerate(plan.senders)}
+        incoming = {peer: self.message(x.device, size, at.first_bucket, k) for k, peer in enumerate(plan.senders)}
         sends = [(peer, outgoing) for peer in plan.receivers]
-        self._wait(self._post(sends, list(incoming.items()), at, at.first_bucket))
+        self.wait(self.post(sends, list(incoming.items()), at, at.first_bucket))
         messages = {self.worker: mine}
         for peer, message in incoming.items():
             messages[peer] = torch.zeros_like(mine)
@@ -260,21 +260,21 @@ class WorkerEngine:
             own = shares[self.worker]
             outgoing, incoming = {}, {}
             for k, peer in enumerate(others):
-                outgoing[peer] = self._message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, ~k)
+                outgoing[peer] = self.message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, ~k)
                 for target, vector in zip(outgoing[peer].vectors(count, compute), mine, strict=True):
                     target.copy_(vector[shares[peer]])
-                incoming[peer] = self._message(x.device, count * _length(own) * compute.itemsize, bucket, k)
-            self._wait(self._post(list(outgoing.items()), list(incoming.items()), at, 2 * bucket))
-            total = self._message(x.device, count * _length(own) * compute.itemsize, bucket, None)
+                incoming[peer] = self.message(x.device, count * _length(own) * compute.itemsize, bucket, k)
+            self.wait(self.post(list(outgoing.items()), list(incoming.items()), at, 2 * bucket))
+            total = self.message(x.device, count * _length(own) * compute.itemsize, bucket, None)
             parts = {peer: message.vectors(count, compute) for peer, message in incoming.items()}
             parts[self.worker] = [vector[own] for vector in mine]
             for k, target in enumerate(total.vectors(count, compute)):
                 _mean_into(target, [parts[peer][k] for peer in range(n)])
             final = {
-                peer: self._message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, k)
+                peer: self.message(x.device, count * _length(shares[peer]) * compute.itemsize, bucket, k)
                 for k, peer in enumerate(others)
             }
-            self._wait(self._post([(peer, total) for peer in others], list(final.items()), at, 2 * bucket + 1))
+            self.wait(self.post([(peer, total) for peer in others], list(final.items()), at, 2 * bucket + 1))
             for peer, message in (*final.items(), (self.worker, total)):
                 for target, vector in zip(mine, message.vectors(count, compute), strict=True):
                     target[shares[peer]] = vector
@@ -295,13 +295,13 @@ class WorkerEngine:
         for q, peer in enumerate(kept):
             mine = [lane for lane, near in zip(lanes, neighbors, strict=True) if peer in near]
             size = sum(h[lane].numel() for lane in mine) * compute.itemsize
-            outgoing[peer], incoming[peer] = (self._message(x.device, size, at.first_bucket, k) for k in (~q, q))
+            outgoing[peer], incoming[peer] = (self.message(x.device, size, at.first_bucket, k) for k in (~q, q))
             for target, lane in zip(_cut(outgoing[peer], [h[lane] for lane in mine], compute), mine, strict=True):
                 target.copy_(h[lane])
                 for other in neighbors[lanes.index(lane)]:
                     if other != peer:
                         target.add_(kept[other][lane])
-        self._wait(self._post(list(outgoing.items()), list(incoming.items()), at, at.first_bucket))
+        self.wait(self.post(list(outgoing.items()), list(incoming.items()), at, at.first_bucket))
         mixed = torch.empty_like(h)
         for k, (lane, near) in enumerate(zip(lanes, neighbors, strict=True)):
             torch.mul(h[lane], float(part.counts[k, self.worker]), out=mixed[lane])
@@ -333,7 +333,7 @@ class WorkerEngine:
                 if self._written is not None:
                     each = sum(self._written.message_bytes(length, itemsize) for _, length in segments)
                     size = each * (vector // itemsize)
-                plan = self._plan(part.mixing)
+                plan = self.plan(part.mixing)
                 sent, received = len(plan.receivers) * size, len(plan.senders) * size
         self.bytes_sent += sent
         self.bytes_received += received
@@ -347,7 +347,7 @@ class WorkerEngine:
 
     # Messages ---------------------------------------------------------------------------------------------------------
 
-    def _post(
+    def post(
         self,
         sends: Sequence[tuple[int, Message]],
         receives: Sequence[tuple[int, Message]],
@@ -358,11 +358,11 @@ class WorkerEngine:
             raise RuntimeError("a worker without others has nobody to send to")
         return self.exchange.post(sends, receives, Stamp(at.step, at.part, bucket))
 
-    def _wait(self, pending: Sequence[Pending]) -> None:
+    def wait(self, pending: Sequence[Pending]) -> None:
         if self.exchange is not None:
             self.exchange.wait(pending)
 
-    def _message(self, device: torch.device, size: int, bucket: int, slot: int | None) -> Message:
+    def message(self, device: torch.device, size: int, bucket: int, slot: int | None) -> Message:
         """A buffer to be used again in every step; slots tell apart those that are in use at the same time."""
         key = (device, size, bucket, slot)
         if key not in self._messages:
@@ -377,7 +377,7 @@ class WorkerEngine:
         width = max(unit, width // unit * unit)
         return [slice(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
-    def _plan(self, mixing: Mixing) -> GossipPlan:
+    def plan(self, mixing: Mixing) -> GossipPlan:
         found = self._plans.get(id(mixing))
         if found is None:
             columns, weights = mixing.row(self.worker)

@@ -168,7 +168,7 @@ class HealingEngine(WorkerEngine):
 
     def _plan_of(self, part: Pass, turn: int) -> GossipPlan:
         lost = [rank for rank, loss in self._losses.items() if loss.last < turn]
-        return self._plan(part.mixing.without(lost))
+        return self.plan(part.mixing.without(lost))
 
     def count(self, part: Pass | RelayPass, vectors: Vectors) -> None:
         """Count the bytes of one pass; the messages to a worker that got lost in it don't count."""
@@ -307,10 +307,10 @@ class _HealingRound:
         self._receivers = plan.receivers
         engine._roll.expect(plan.senders)
         self._incoming: dict[int, list[Message]] = {}
-        self._outgoing = [engine._message(x.device, size, stamp.bucket, -1) for size, stamp in self._sizes()]
+        self._outgoing = [engine.message(x.device, size, stamp.bucket, -1) for size, stamp in self._sizes()]
         for peer in plan.senders:
             slot = peer * _BUFFERS + engine._received.get((peer, place.first_bucket), 0) % _BUFFERS
-            self._incoming[peer] = [engine._message(x.device, size, s.bucket, slot) for size, s in self._sizes()]
+            self._incoming[peer] = [engine.message(x.device, size, s.bucket, slot) for size, s in self._sizes()]
         self.missing = {peer: len(self.places) for peer in plan.senders if peer not in engine._losses}
         self.sending = {peer: len(self.places) for peer in plan.receivers if peer not in engine._losses}
         # Of which a message counts still.

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from qgm_ext import ops
+from qgm_ext import algorithms, ops
 from qgm_ext.distributed.options import OnPeerLoss, RuntimeOptions
 from qgm_ext.engines import BufferSnapshot
 from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
-from qgm_ext.optim import Decentralized
+from qgm_ext.optim import CrossGradient, Decentralized
 from qgm_ext.optim.peers import Peers
 from qgm_ext.stacked import OnNonfinite
 from qgm_ext.timing import Timer, Timings
@@ -79,19 +79,22 @@ class ProcessWorker:
         self._layout = FlatLayout(p.shape for p in self._parameters)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "overlap=True has no effect")  # which is an error here
-            self.opt = Decentralized(
-                self._parameters,
-                algorithm,
-                topology=topology,
-                clip_grad_norm=clip_grad_norm,
-                on_nonfinite=on_nonfinite,
-                message=message,
-                on_peer_loss=on_peer_loss,
-                overlap=overlap,
-                staleness=staleness,
-                bucket_mb=bucket_mb,
+            options: dict[str, Any] = {
+                "topology": topology,
+                "clip_grad_norm": clip_grad_norm,
+                "on_nonfinite": on_nonfinite,
+                "message": message,
+                "on_peer_loss": on_peer_loss,
+                "overlap": overlap,
+                "staleness": staleness,
+                "bucket_mb": bucket_mb,
                 **hyper,
-            )
+            }
+            self.opt: Decentralized
+            if algorithms.get_class(algorithm).needs_model:
+                self.opt = CrossGradient(model, algorithm, **options)
+            else:
+                self.opt = Decentralized(self._parameters, algorithm, **options)
         if overlap and self.opt.overlap_obstacle is not None:
             obstacle = self.opt.overlap_obstacle
             raise ValueError(f"overlap must be False where nothing can be sent during backward, got True: {obstacle}")
@@ -118,9 +121,12 @@ class ProcessWorker:
         Raises:
             NonFiniteGradientError: as in :class:`qgm_ext.Simulator`, on all workers.
         """
+        self.opt.param_groups[0]["lr"] = lr  # before backward, in which the step may begin
+        if isinstance(self.opt, CrossGradient):
+            with self._timer.phase("gradient"):
+                return self.opt.step(lambda model, batch: loss_fn(model(batch[0]), batch[1]), (x, y))
         before = BufferSnapshot([self.model])
         skipped = self.opt.skipped_steps
-        self.opt.param_groups[0]["lr"] = lr  # before backward, in which the step may begin
         with self._timer.phase("gradient"):
             self.opt.zero_grad()
             loss = loss_fn(self.model(x), y)

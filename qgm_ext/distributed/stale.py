@@ -162,7 +162,7 @@ class StaleEngine(WorkerEngine):
         """
         if isinstance(part, RelayPass) or part.exact_mean or part.packed is not None:
             raise RuntimeError(f"{part.rule} needs the messages of the step itself")
-        plan = self._plan(part.mixing)
+        plan = self.plan(part.mixing)
         if not plan.talks:
             super().run(part, vectors, place)
             return

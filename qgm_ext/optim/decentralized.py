@@ -24,7 +24,7 @@ class Decentralized(DecentralizedOptimizer):
     Args:
         params: parameters, named parameters or groups; every hyper-parameter of the algorithm may be set for a group.
         algorithm: a name from :func:`qgm_ext.algorithms.names`, but for those that take gradients at other points than
-            a worker's own parameters, which only :class:`qgm_ext.Simulator` can run.
+            a worker's own parameters, which :class:`CrossGradient` runs.
         maximize, topology, group, on_nonfinite: see :class:`DecentralizedOptimizer`.
         **more: hyper-parameters of the algorithm (lr, ...) and options of the runtime
             (:class:`qgm_ext.distributed.RuntimeOptions`).
@@ -47,6 +47,7 @@ class Decentralized(DecentralizedOptimizer):
 
     family: ClassVar[str] = "decentralized"
     by_passes: ClassVar[bool] = True
+    takes_model: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -64,10 +65,12 @@ class Decentralized(DecentralizedOptimizer):
         options = {field.name for field in dataclasses.fields(RuntimeOptions)}
         runtime = {name: more.pop(name) for name in options & more.keys()}
         made = algorithms.get(algorithm, **more)
-        if made.needs_simulator:
+        if made.needs_model != self.takes_model:
             raise ValueError(
-                f"{algorithm} takes gradients at other points than a worker's own parameters, which a torch optimizer "
-                "can't compute; use qgm_ext.Simulator"
+                f"{algorithm} takes gradients at other points than a worker's own parameters, for which the optimizer "
+                "must have the model; use qgm_ext.optim.CrossGradient, or qgm_ext.Simulator"
+                if made.needs_model
+                else f"{algorithm} takes one gradient a step, that of backward(); use qgm_ext.optim.Decentralized"
             )
         self.family = algorithm  # type: ignore[misc]
         defaults = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}

@@ -8,7 +8,7 @@ runtime of algorithms of several passes on a single worker.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from torch.distributed import distributed_c10d
 import qgm_ext
 from qgm_ext import messages, ops
 from qgm_ext.algorithms import Algorithm
-from qgm_ext.distributed.agreement import check_agreement, gather_json
+from qgm_ext.distributed.agreement import check_agreement, digest, gather_json
 from qgm_ext.distributed.communication import Communication
+from qgm_ext.distributed.cross_worker import CrossWorker
 from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay_state_names
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.healing import HealingEngine
@@ -135,9 +136,13 @@ class Peers:
             self._engine.drain()
 
     def state_names(self, algorithm: Algorithm) -> tuple[str, ...]:
-        """The state vectors of a parameter, those that hold relayed messages one by one."""
+        """The state vectors of a parameter, those that belong to links with others one by one."""
         names: list[str] = []
         for name in algorithm.state_names:
+            if name in algorithm.link_state_names:
+                senders = self._engine.plan(self.topology.mixing(0)).senders
+                names += [f"{name}_{peer}" for peer in senders]
+                continue
             relayed = algorithm.state_rows(name, self.topology) != self.num_workers or name == "relay_messages"
             names += relay_state_names(name, self.topology, self.worker) if relayed else [name]
         if self._written is not None:
@@ -170,7 +175,7 @@ class Peers:
             if self.options.broadcast_parameters:
                 self._broadcast(params)
             else:
-                digests = gather_json(exchange.group, _digest(params), exchange.device)
+                digests = gather_json(exchange.group, digest(params), exchange.device)
                 # What algorithms ask of x is which rows are equal; the digests say that.
                 rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
         messages.make(self.options.message, algorithms)
@@ -231,7 +236,16 @@ class Peers:
                 work.clock.scalars = work.algorithm.initial_scalars(self.num_workers)
         self.finish(self.turns(works, gossip))
 
-    def finish(self, turns: Sequence[Turn]) -> None:
+    @property
+    def number(self) -> int:
+        """Of the next step."""
+        return self._number
+
+    def cross_worker(self) -> CrossWorker:
+        """The steps of algorithms that take gradients elsewhere."""
+        return CrossWorker(self._engine)
+
+    def finish(self, turns: Sequence[Turn | CrossWorker]) -> None:
         """Take what is left of a step."""
         for turn in turns:
             turn.finish()
@@ -239,18 +253,20 @@ class Peers:
         self.last_communication = self.communication - self._counted
         self._counted = self.communication
 
-    def clip(self, gradients: Sequence[Tensor]) -> None:
-        """Scale this worker's gradient, [1, D] in each buffer, to the norm that the options allow."""
-        if self.options.clip_grad_norm is None or not gradients:
+    def clip(self, works: Sequence[Work]) -> None:
+        """Scale this worker's gradient, over all buffers, to the norm that the options allow."""
+        if self.options.clip_grad_norm is None or not works:
             return
-        squares = torch.stack([ops.squared_norms(g)[0] for g in gradients])
+        squares = torch.stack([ops.squared_norms(work.vectors.g)[0] for work in works])
         total = squares[0]
         for square in squares[1:]:
             total = total + square
         factor = float((self.options.clip_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0))
         if not factor >= 1.0:  # NaN scales too
-            for g in gradients:
-                g.mul_(factor)
+            for work in works:
+                work.vectors.g.mul_(factor)
+                if math.isnan(factor):
+                    work.vectors.layout.clear_gaps(work.vectors.g)
 
     def nonfinite(self, gradients: Sequence[Tensor]) -> list[int]:
         """The workers whose gradients hold an infinity or NaN, the same list on every worker; a collective."""
@@ -261,11 +277,3 @@ class Peers:
         flags = [torch.empty_like(mine) for _ in range(self.num_workers)]
         dist.all_gather(flags, mine, group=self.exchange.group)
         return [rank for rank, flag in enumerate(flags) if int(flag)]
-
-
-def _digest(params: Sequence[Tensor]) -> str:
-    sha = hashlib.sha256()
-    for p in params:
-        if p.numel():
-            sha.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()

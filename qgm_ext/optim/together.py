@@ -18,7 +18,7 @@ from qgm_ext.stacked import NonFiniteGradientError
 if TYPE_CHECKING:
     from qgm_ext.optim.base import DecentralizedOptimizer
 
-__all__ = ["collect_works", "step_together"]
+__all__ = ["collect_works", "count_step", "is_left_out", "step_together"]
 
 
 def collect_works(optimizer: DecentralizedOptimizer, peers: Peers) -> list[Work]:
@@ -66,26 +66,39 @@ def step_together(optimizer: DecentralizedOptimizer, peers: Peers) -> None:
             work.flat.gather(range(len(work.flat.params)), work.maximize)
         gradients = [work.vectors.g for work in works]
         _unscale(optimizer, gradients)
-        peers.clip(gradients)
-        if optimizer.on_nonfinite != "ignore":
-            bad = peers.nonfinite(gradients)
-            if bad and optimizer.on_nonfinite == "raise":
-                raise NonFiniteGradientError(
-                    f"the gradient of worker{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} is not finite; "
-                    "parameters and state are as before the step (on_nonfinite='skip' leaves such steps out)"
-                )
-            if bad:
-                optimizer.skipped_steps += 1
-                return
+        peers.clip(works)
+        if is_left_out(optimizer, peers, gradients):
+            return
         peers.step(works, optimizer._gossips)
+    count_step(works)
+    if overlap is not None:
+        overlap.watch(works)
+
+
+def is_left_out(optimizer: DecentralizedOptimizer, peers: Peers, gradients: Sequence[Tensor]) -> bool:
+    """Whether the step is left out, and counted so, because a gradient of some worker is not finite.
+
+    Raises:
+        NonFiniteGradientError: if the optimizer says so.
+    """
+    bad = peers.nonfinite(gradients) if optimizer.on_nonfinite != "ignore" else []
+    if bad and optimizer.on_nonfinite == "raise":
+        raise NonFiniteGradientError(
+            f"the gradient of worker{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} is not finite; "
+            "parameters and state are as before the step (on_nonfinite='skip' leaves such steps out)"
+        )
+    optimizer.skipped_steps += bool(bad)
+    return bool(bad)
+
+
+def count_step(works: Sequence[Work]) -> None:
+    """Note in groups and parameters that a step has been taken."""
     for work in works:  # the last buffer of a group is as good as any
         clock = work.clock
         scalars = {name: value.tolist() for name, value in clock.scalars.items()}
         work.group["clock"] = {"round": clock.round, "previous_lr": clock.previous_lr, "scalars": scalars}
     changed = [p for work in works for p in work.flat.advance(range(len(work.flat.params)))]
     torch.autograd.graph.increment_version(changed)
-    if overlap is not None:
-        overlap.watch(works)
 
 
 def _unscale(optimizer: DecentralizedOptimizer, gradients: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Slow texts of the steps that only the Simulator can run: one worker after the other, in the authors' order.
+"""Slow texts of the steps that take gradients elsewhere: one worker after the other, in the authors' order.
 
 Mix, gradients, descend, with plain autograd on copies of one module for each worker, so they share nothing with the
 package but the mixing matrix. The texts of the algorithms are in the rows of their families.

@@ -137,11 +137,23 @@ def test_table_states_speed_relative_to_all_reduce_and_goes_between_its_marks(tm
     assert "| 4 | L | bare exchange, ring, float32 | 200 | 1.50 | 2.00 | 50.0% (9) |" in table
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- wan table -->\nold\n<!-- end -->\nb\n")
-    wan_table.put_between_marks(page, table)
+    wan_table.put_between_marks(page, wan_table.TABLE, table)
     assert page.read_text() == f"a\n<!-- wan table -->\n{table}\n<!-- end -->\nb\n"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="lacks"):
-        wan_table.put_between_marks(page, table)
+        wan_table.put_between_marks(page, wan_table.TABLE, table)
+
+
+def test_overview_has_a_row_for_each_network():
+    common = {"delay_by": "netem", "budget": 5.0, "parameters": 1000, "accuracy": 0.5}
+    results = [
+        {**common, "hosts": 4, "link": "L", "method": "ddp", "seconds": 0.3},
+        {**common, "hosts": 4, "link": "L", "method": "bare_ring", "seconds": 0.2},
+        {**common, "hosts": 8, "link": "L", "method": "ddp", "seconds": 0.5},
+    ]
+    lines = wan_table.overview(results).splitlines()
+    assert lines[0].endswith("| all-reduce SGDm (DDP), float32 | bare exchange, ring, float32 |")
+    assert lines[2:4] == ["| 4 | L | 300 ms, 50% | 1.50 x, 50% |", "| 8 | L | 500 ms, 50% | - |"]
 
 
 def test_estimate_is_of_the_steps_that_every_method_takes():

@@ -16,7 +16,7 @@ import wan_sandbox
 from wan_bed import Bed, Network
 from wan_methods import DEFAULT, METHODS
 from wan_probe import probe
-from wan_table import cases, compare, estimate, markdown, predictions, put_between_marks
+from wan_table import OVERVIEW, TABLE, cases, compare, estimate, markdown, overview, predictions, put_between_marks
 
 _SKIPPED = 77  # what automake and meson call skipped
 
@@ -40,16 +40,17 @@ def main() -> int:
     table.add_argument("--batch", type=int, default=8, help="samples of a host and step")
     table.add_argument("--short", action="store_true", help="only 100 Mbit/s and 1 ms")
     table.add_argument("--json", help="file for the results")
-    table.add_argument("--readme", help="file that gets the table between its marks")
     again = commands.add_parser("table", help="print or fill in the table of results again")
     again.add_argument("json", help="file that compare --json wrote")
-    again.add_argument("--readme", help="file that gets the table between its marks")
+    for command in (table, again):
+        command.add_argument("--table", help=f"file that gets the table, between {TABLE} and its end")
+        command.add_argument("--overview", help=f"file that gets a row for each network, after {OVERVIEW}")
     check = commands.add_parser("check", help="compare a table's results with what qgm plan predicts")
     check.add_argument("json", help="file that compare --json wrote")
     given = parser.parse_args()
     if given.what in ("check", "table"):
         results = json.loads(Path(given.json).read_text())
-        return _check(results) if given.what == "check" else _table(results, given.readme)
+        return _check(results) if given.what == "check" else _table(results, given)
     if wan_sandbox.INSIDE not in os.environ:
         reason = wan_sandbox.why_not()
         if reason is not None:
@@ -97,15 +98,17 @@ def _compare(given: argparse.Namespace) -> None:
         print(markdown(results[-len(given.methods) :]), file=sys.stderr, flush=True)
         if given.json:  # after each, so that what was measured is not lost
             Path(given.json).write_text(json.dumps(results, indent=1) + "\n")
-    _table(results, given.readme)
+    _table(results, given)
 
 
-def _table(results: list[dict[str, Any]], readme: str | None) -> int:
-    """Print the table, and put it into a file if one is given."""
+def _table(results: list[dict[str, Any]], given: argparse.Namespace) -> int:
+    """Print the table, and put it and the overview into the files that are given for them."""
     table = markdown(results)
     print(table)
-    if readme:
-        put_between_marks(Path(readme), table)
+    if given.table:
+        put_between_marks(Path(given.table), TABLE, table)
+    if given.overview:
+        put_between_marks(Path(given.overview), OVERVIEW, overview(results))
     return 0
 
 

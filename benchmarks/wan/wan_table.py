@@ -14,9 +14,21 @@ from wan_methods import METHODS
 from qgm_ext.experiments import plan
 from qgm_ext.experiments.plan import ALL_REDUCE
 
-__all__ = ["cases", "compare", "estimate", "markdown", "predictions", "put_between_marks"]
+__all__ = [
+    "OVERVIEW",
+    "TABLE",
+    "cases",
+    "compare",
+    "estimate",
+    "markdown",
+    "overview",
+    "predictions",
+    "put_between_marks",
+]
 
-_BEGIN, _END = "<!-- wan table -->", "<!-- end -->"
+#: Marks in a file, behind which a table goes.
+TABLE, OVERVIEW = "<!-- wan table -->", "<!-- wan overview -->"
+_END = "<!-- end -->"
 _BASELINE = "ddp"
 # What `qgm plan` calls the methods that it predicts.
 _PLANNED = {
@@ -109,15 +121,34 @@ def markdown(results: Sequence[Result]) -> str:
             f"| {r['hosts']} | {r['link']} | {METHODS[r['method']][0]} | {r['seconds'] * 1e3:.0f} | {factor} | "
             f"{r['bytes_mean'] / 1e6:.2f} | {r['accuracy']:.1%} ({r['steps']}) |"
         )
+    return "\n".join([*lines, "", _setting(results)])
+
+
+def overview(results: Sequence[Result]) -> str:
+    """One row for each network: steps a second of each method, over those of all-reduce; accuracy after equal time."""
+    networks = list(dict.fromkeys((r["hosts"], r["link"]) for r in results))
+    methods = list(dict.fromkeys(r["method"] for r in results if r["method"] != _BASELINE))
+    found = {(r["hosts"], r["link"], r["method"]): r for r in results}
+    names = [METHODS[method][0] for method in (_BASELINE, *methods)]
+    lines = [f"| hosts | link of each host, delay | {' | '.join(names)} |", f"|{'---|' * (2 + len(names))}"]
+    for network in networks:
+        base = found[(*network, _BASELINE)]
+        cells = [f"{base['seconds'] * 1e3:.0f} ms, {base['accuracy']:.0%}"]
+        for method in methods:
+            r = found.get((*network, method))
+            cells.append(f"{base['seconds'] / r['seconds']:.2f} x, {r['accuracy']:.0%}" if r else "-")
+        lines.append(f"| {network[0]} | {network[1]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _setting(results)])
+
+
+def _setting(results: Sequence[Result]) -> str:
     ways = sorted({r["delay_by"] for r in results})
     sizes = sorted({r["parameters"] for r in results})
-    lines += [
-        "",
+    return (
         f"Delay (one way) by {', '.join(ways)}; model of {', '.join(f'{size:,}' for size in sizes)} parameters; "
-        f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each, but at "
-        f"least {_FEWEST} steps.",
-    ]
-    return "\n".join(lines)
+        f"accuracy of the local models, mean, after {results[0]['budget']:g} s of training each, but at least "
+        f"{_FEWEST} steps."
+    )
 
 
 def predictions(results: Sequence[Result]) -> list[tuple[Result, float]]:
@@ -139,14 +170,14 @@ def predictions(results: Sequence[Result]) -> list[tuple[Result, float]]:
     return found
 
 
-def put_between_marks(path: Path, table: str) -> None:
-    """Replace what stands between the marks of the WAN table in a file.
+def put_between_marks(path: Path, mark: str, table: str) -> None:
+    """Replace what stands between a mark (TABLE or OVERVIEW) and its end in a file.
 
     Raises:
-        ValueError: if the file lacks the marks.
+        ValueError: if the file lacks them.
     """
-    before, begin, rest = path.read_text().partition(_BEGIN)
+    before, begin, rest = path.read_text().partition(mark)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise ValueError(f"{path} lacks {_BEGIN} or {_END} after it")
-    path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}")
+        raise ValueError(f"{path} lacks {mark} or {_END} after it")
+    path.write_text(f"{before}{mark}\n{table}\n{_END}{after}")

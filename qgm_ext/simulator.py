@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from qgm_ext import cuda_graph as graphs
 from qgm_ext import engines, ops
@@ -24,6 +23,7 @@ from qgm_ext.cross_optimizer import CrossOptimizer, make_optimizer
 from qgm_ext.engines import BufferSnapshot, Closure, Engine, Workers
 from qgm_ext.evaluate import Evaluation, Samples, accuracies_and_losses, evaluation_mode
 from qgm_ext.flat import FlatLayout
+from qgm_ext.simulator_inputs import check_alike, check_tensors, checked_norm, checked_pairs, private_copy
 from qgm_ext.stacked import OnNonfinite
 from qgm_ext.timing import Timer, Timings
 from qgm_ext.topology import Topology
@@ -110,10 +110,10 @@ class Simulator:
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a qgm_ext.topology.Topology, got {type(topology).__name__}")
         engines.check_name(engine, get_args(EngineChoice))
-        self.clip_grad_norm = _checked_norm(clip_grad_norm)
-        base = _private_copy(model, device, dtype)
+        self.clip_grad_norm = checked_norm(clip_grad_norm)
+        base = private_copy(model, device, dtype)
         trainable = {name: p for name, p in base.named_parameters() if p.requires_grad}
-        first = _check_alike(trainable)
+        first = check_alike(trainable)
         runtime = graphs.runtime_of(first.device) if cuda_graph else None
         self._names = tuple(trainable)
         self._frozen = {name: p for name, p in base.named_parameters() if not p.requires_grad}
@@ -225,7 +225,7 @@ class Simulator:
         """
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-        pairs, stacked = self._check_pairs(batches)
+        pairs, stacked = checked_pairs(batches, self.num_workers, self.device)
 
         def closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             return loss_fn(model(batch[0]), batch[1])
@@ -364,7 +364,7 @@ class Simulator:
             for worker, own in enumerate(mine["buffers"])
         ]
         for what, own, given in pairs:
-            _check_tensors(what, own, given)
+            check_tensors(what, own, given)
         if state_dict["engine"] != "auto":
             engines.check_name(state_dict["engine"])
         self.opt.load_state_dict(state_dict["optimizer"])
@@ -450,92 +450,3 @@ class Simulator:
             row.copy_(current.detach())
             parameter.data = row
             owner[leaf] = parameter
-
-    def _check_pairs(self, batches: Any) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
-        """Batches of :meth:`step` as n pairs, and as one pair of stacked tensors if they came so."""
-        if not isinstance(batches, Sequence):
-            raise TypeError(
-                f"batches must be a sequence of (inputs, targets) or one stacked pair, got {type(batches).__name__}"
-            )
-        n = self.num_workers
-        stacked: tuple[Tensor, Tensor] | None = None
-        if len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
-            stacked = (batches[0], batches[1])
-            for name, tensor in zip(("inputs", "targets"), stacked, strict=True):
-                if tensor.dim() < 1 or len(tensor) != n:
-                    raise ValueError(
-                        f"stacked {name} must be [n, B, ...] with n = {n} workers, got {list(tensor.shape)}"
-                    )
-            pairs = list(zip(*(tensor.unbind() for tensor in stacked), strict=True))
-            checked = [stacked]
-        else:
-            if len(batches) != n:
-                raise ValueError(f"batches must hold one (inputs, targets) per worker, {n}, got {len(batches)}")
-            pairs = checked = list(batches)
-        for worker, pair in enumerate(checked):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
-                raise TypeError(
-                    f"the batch of worker {worker} must be a pair of tensors (inputs, targets), got "
-                    f"{type(pair).__name__}; step_closure takes batches of any kind"
-                )
-            for name, tensor in zip(("inputs", "targets"), pair, strict=True):
-                if tensor.device != self.device or tensor.numel() == 0:
-                    where = name if stacked else f"{name} of worker {worker}"
-                    if tensor.numel() == 0:
-                        raise ValueError(f"{where} are empty, shape {list(tensor.shape)}")
-                    raise ValueError(f"{where} are on {tensor.device}, the models on {self.device}")
-        return pairs, stacked
-
-
-def _checked_norm(clip_grad_norm: float | None) -> float | None:
-    if clip_grad_norm is None:
-        return None
-    good = isinstance(clip_grad_norm, (int, float)) and not isinstance(clip_grad_norm, bool)
-    if not good or not math.isfinite(clip_grad_norm) or clip_grad_norm <= 0:
-        raise ValueError(f"clip_grad_norm must be a finite number above 0, or None, got {clip_grad_norm!r}")
-    return float(clip_grad_norm)
-
-
-def _private_copy(model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"{name} of the model has no shape yet; run the model once on a sample batch")
-    if dtype is not None:
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-        ops.compute_dtype(dtype)
-    return copy.deepcopy(model).to(device=device, dtype=dtype)
-
-
-def _check_alike(trainable: dict[str, nn.Parameter]) -> nn.Parameter:
-    """The first parameter, after checking that all have its dtype and device: they share one buffer."""
-    if not any(p.numel() for p in trainable.values()):
-        raise ValueError("model must have at least one trainable parameter")
-    first_name, first = next(iter(trainable.items()))
-    for name, parameter in trainable.items():
-        if parameter.dtype != first.dtype:
-            raise ValueError(
-                f"trainable parameters must have one dtype, but {first_name} is {first.dtype} and {name} "
-                f"{parameter.dtype}; dtype=... converts all of them"
-            )
-        if parameter.device != first.device:
-            raise ValueError(
-                f"trainable parameters must be on one device, but {first_name} is on {first.device} and {name} on "
-                f"{parameter.device}; device=... moves all of them"
-            )
-    ops.compute_dtype(first.dtype)
-    return first
-
-
-def _check_tensors(what: str, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    if own.keys() != given.keys():
-        differing = ", ".join(sorted(own.keys() ^ given.keys()))
-        raise ValueError(f"state_dict is of another model: {what}s {differing} are in one and not in the other")
-    for name, tensor in own.items():
-        if given[name].shape != tensor.shape or given[name].dtype != tensor.dtype:
-            raise ValueError(
-                f"{what} {name} must be {list(tensor.shape)} {tensor.dtype}, "
-                f"got {list(given[name].shape)} {given[name].dtype}"
-            )

@@ -106,7 +106,7 @@ class CrossWorker(CrossSteps):
 
     def gossip_rule(self, rule: str, hyper: list[float], g: Tensor, state: Sequence[str]) -> None:
         part = Pass(rule, hyper, tuple(state), self.topology.mixing(self.num_steps))
-        self._engine.run(part, self._vectors._replace(g=g) if g is not self._vectors.g else self._vectors, self._place)
+        self._engine.run(part, self._vectors, self._place)  # whose gradient is g
 
     def mix_params(self, gamma: float, step: int) -> None:
         mixing = self.topology.mixing(step)

@@ -45,7 +45,7 @@ class Compressed(NamedTuple):
 
     Args:
         values: what their receivers unpack, [rows, D].
-        data: of each row what is sent, uint8; None where nothing is.
+        data: of each row what is sent, uint8; None where nothing is, or the values themselves.
     """
 
     values: Tensor

@@ -96,7 +96,7 @@ class Answers(abc.ABC):
     """What goes back over links to the senders of parameters, and is summed there."""
 
     @abc.abstractmethod
-    def add(self, links: Sequence[int], values: Tensor | Compressed) -> None:
+    def add(self, links: Sequence[int], values: Compressed) -> None:
         """Answer over some links, one row for each."""
 
     @abc.abstractmethod

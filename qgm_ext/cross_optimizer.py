@@ -106,9 +106,8 @@ class _Here(Answers):
     def __init__(self, links: Links, own: Tensor) -> None:
         self._links, self._total = links, own.clone()
 
-    def add(self, links: Sequence[int], values: Tensor | Compressed) -> None:
-        rows = values.values if isinstance(values, Compressed) else values
-        for link, row in zip(links, rows, strict=True):
+    def add(self, links: Sequence[int], values: Compressed) -> None:
+        for link, row in zip(links, values.values, strict=True):
             self._total[self._links.senders[link]] += row
 
     def total(self) -> Tensor:

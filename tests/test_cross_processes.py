@@ -56,10 +56,15 @@ def everything(model: nn.Module) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in model.state_dict().values()]
 
 
+def assert_same(tensors: list[Tensor], model: nn.Module, what: str) -> None:
+    for mine, theirs in zip(tensors, everything(model), strict=True):
+        assert torch.equal(mine, theirs), what
+
+
 Case = tuple[str, str, int, torch.dtype, dict[str, Any]]
 
 
-def take(rank: int, case: Case, opt: CrossGradient, model: nn.Module, steps: range) -> list[float]:
+def take(rank: int, case: Case, opt: CrossGradient, steps: range) -> list[float]:
     _, _, n, dtype, _ = case
     losses = []
     for step in steps:
@@ -81,7 +86,7 @@ def train_all(rank: int, cases: list[Case]) -> list[Any]:
     found = []
     for case in cases:
         model, opt = build(rank, case)
-        losses = take(rank, case, opt, model, range(STEPS))
+        losses = take(rank, case, opt, range(STEPS))
         found.append((everything(model), losses, opt.communication.bytes_sent))
     return found
 
@@ -117,13 +122,12 @@ def all_cases(n: int) -> list[Case]:
 @pytest.mark.filterwarnings("ignore:ccl with momentum")
 def test_every_method_equals_the_simulator(pool: ProcessPool, n: int) -> None:
     wanted = all_cases(n)
-    results = pool.run(train_all, n, wanted, limit=60.0)
+    results = pool.run(train_all, n, wanted)
     for k, case in enumerate(wanted):
         sim, losses = simulate(case)
         for rank in range(n):
             tensors, found, _ = results[rank][k]
-            for mine, theirs in zip(tensors, sim.models[rank].state_dict().values(), strict=True):
-                assert torch.equal(mine, theirs), f"{case}, rank {rank}"
+            assert_same(tensors, sim.models[rank], f"{case}, rank {rank}")
             assert found == [float(loss[rank]) for loss in losses], f"{case}, rank {rank}"
         assert sum(results[rank][k][2] for rank in range(n)) == sim.opt.bytes_sent, case
 
@@ -132,7 +136,7 @@ def restart(rank: int, cases: list[Case]) -> list[list[Tensor]]:
     found = []
     for case in cases:
         model, opt = build(rank, case)
-        take(rank, case, opt, model, range(2))
+        take(rank, case, opt, range(2))
         file = io.BytesIO()
         torch.save({"opt": opt.state_dict(), "model": model.state_dict()}, file)
         file.seek(0)
@@ -140,7 +144,7 @@ def restart(rank: int, cases: list[Case]) -> list[list[Tensor]]:
         model, opt = build(rank, case, broadcast_parameters=False)
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["opt"])
-        take(rank, case, opt, model, range(2, STEPS))
+        take(rank, case, opt, range(2, STEPS))
         found.append(everything(model))
     return found
 
@@ -153,15 +157,14 @@ def test_a_restart_goes_on_to_the_same_bits(pool: ProcessPool) -> None:
     for k, case in enumerate(wanted):
         sim, _ = simulate(case)
         for rank in range(n):
-            for mine, theirs in zip(results[rank][k], sim.models[rank].state_dict().values(), strict=True):
-                assert torch.equal(mine, theirs), f"{case}, rank {rank}"
+            assert_same(results[rank][k], sim.models[rank], f"{case}, rank {rank}")
 
 
 def start_apart(rank: int, cases: list[Case]) -> list[list[Tensor]]:
     found = []
     for case in cases:
         model, opt = build(rank, case, broadcast_parameters=False)
-        take(rank, case, opt, model, range(STEPS))
+        take(rank, case, opt, range(STEPS))
         found.append(everything(model))
     return found
 
@@ -181,8 +184,7 @@ def test_workers_that_start_apart_equal_the_simulator(pool: ProcessPool) -> None
         for step in range(STEPS):
             sim.step_closure(loss_of, [own_batch(step, n, worker, dtype) for worker in range(n)], lr=lr_at(step))
         for rank in range(n):
-            for mine, theirs in zip(results[rank][k], sim.models[rank].state_dict().values(), strict=True):
-                assert torch.equal(mine, theirs), f"{case}, rank {rank}"
+            assert_same(results[rank][k], sim.models[rank], f"{case}, rank {rank}")
 
 
 def clip_and_skip(rank: int, name: str) -> tuple[list[Tensor], int, str]:
@@ -214,14 +216,13 @@ def test_clipping_and_leaving_out_steps_equal_the_simulator(pool: ProcessPool, n
     for rank, (tensors, skipped, text) in enumerate(results):
         assert skipped == sim.opt.skipped_steps == 2
         assert text.startswith("the gradient of workers 0, 1, 2 is not finite")
-        for mine, theirs in zip(tensors, sim.models[rank].state_dict().values(), strict=True):
-            assert torch.equal(mine, theirs)
+        assert_same(tensors, sim.models[rank], f"{name}, rank {rank}")
 
 
 def test_a_worker_alone_needs_no_processes() -> None:
     case: Case = ("q_saddle", "ring", 1, torch.float32, {})
     model, opt = build(0, case)
-    losses = take(0, case, opt, model, range(STEPS))
+    losses = take(0, case, opt, range(STEPS))
     sim, expected = simulate(case)
     assert losses == [float(one) for one in expected]
     assert all(map(torch.equal, everything(model), sim.models[0].state_dict().values()))

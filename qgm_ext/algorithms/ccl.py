@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qgm_ext.algorithms.base import check_number, register
 from qgm_ext.algorithms.cross_gradient import MixFirstAlgorithm
+from qgm_ext.compressors import Compressed
 from qgm_ext.models.features import Features, Recorder, feature_layer
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _add_class_sums(extras: list[dict[str, Tensor]], probes: Probes, cross: dict
         for link, row in zip(numbers, links.rows(numbers), strict=True):
             sums, counts = _class_sums(cross[link].features, probes.batches[row][1], num_classes)
             found.append(torch.cat([sums, counts[:, None]], dim=1))
-        answers.add(numbers, torch.stack(found))
+        answers.add(numbers, Compressed(torch.stack(found)))
     for extra, total in zip(extras, answers.total(), strict=True):
         extra["sums"], extra["counts"] = total[:, :width], total[:, width]
     opt.send(opt.num_steps, num_classes * (width + 1) * dtype.itemsize)

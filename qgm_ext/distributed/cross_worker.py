@@ -223,12 +223,9 @@ class _Sent(Answers):
         self._links = opt.links(opt.num_steps)
         self._given: dict[int, Tensor] = {}  # by peer
 
-    def add(self, links: Sequence[int], values: Tensor | Compressed) -> None:
-        data: Sequence[Tensor] | None = list(values) if isinstance(values, Tensor) else values.data
-        if data is None:
-            assert isinstance(values, Compressed)
-            data = list(values.values)
-        for link, row in zip(links, data, strict=True):
+    def add(self, links: Sequence[int], values: Compressed) -> None:
+        rows = list(values.values) if values.data is None else values.data
+        for link, row in zip(links, rows, strict=True):
             self._given[self._links.senders[link]] = row
 
     def total(self) -> Tensor:

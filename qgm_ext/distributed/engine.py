@@ -354,11 +354,13 @@ class WorkerEngine:
         at: Place,
         bucket: int,
     ) -> list[Pending]:
+        """Start messages of a pass, that are exchanged this once."""
         if self.exchange is None:
             raise RuntimeError("a worker without others has nobody to send to")
         return self.exchange.post(sends, receives, Stamp(at.step, at.part, bucket))
 
     def wait(self, pending: Sequence[Pending]) -> None:
+        """Wait for messages, and check those that have come."""
         if self.exchange is not None:
             self.exchange.wait(pending)
 
@@ -378,6 +380,7 @@ class WorkerEngine:
         return [slice(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
     def plan(self, mixing: Mixing) -> GossipPlan:
+        """What this worker sends, takes and weighs with a mixing matrix."""
         found = self._plans.get(id(mixing))
         if found is None:
             columns, weights = mixing.row(self.worker)

@@ -48,11 +48,11 @@ def bench(
                     str(t.workers),
                     str(t.dim),
                     f"{1e3 * t.fused:.4g}",
-                    f"{t.bytes / t.fused / 1e9:.1f}",
+                    f"{t.bytes / t.fused / 1e9:.4g}",
                     f"{1e3 * t.copy:.4g}",
-                    f"{t.fused / t.copy:.2f}",
+                    f"{t.fused / t.copy:.4g}",
                     f"{1e3 * t.reference:.4g}",
-                    f"{t.reference / t.fused:.1f}",
+                    f"{t.reference / t.fused:.4g}",
                 )
         finally:
             torch.set_num_threads(before)

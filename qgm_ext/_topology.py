@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, SupportsIndex
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qgm_ext import graphs
+from qgm_ext.files import naming
 from qgm_ext.graphs import Edges
 from qgm_ext.mixing import Mixing
 from qgm_ext.trees import Tree, Trees
@@ -286,7 +288,8 @@ class Topology(ABC):
         # Not pyplot: it would keep the figure and might want a display.
         figure = Figure(figsize=(6.0, 6.2), layout="constrained")
         self.plot(figure.add_subplot())
-        figure.savefig(path, format="png", dpi=150)
+        with naming(Path(path)):
+            figure.savefig(path, format="png", dpi=150)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):

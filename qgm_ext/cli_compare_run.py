@@ -5,6 +5,7 @@ Nothing is computed here: see :mod:`qgm_ext.experiments.comparison`, ``compare``
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def compare(
         if download:
             _fetch_data(plan)
         _announce(console, plan)
+    again = f"qgm compare --resume {shlex.quote(str(folder))}"
     with user_errors(), stop_on_signal() as stop:
         begin = time.perf_counter()
         try:
@@ -71,13 +73,13 @@ def compare(
             )
         except running.CompareError as error:
             hint = "when that is put right, continue" if error.disk else "continue"
-            fail(f"{error}; what is done is kept; {hint} with: qgm compare --resume {folder}", EXIT_FAILED)
+            fail(f"{error}; what is done is kept; {hint} with: {again}", EXIT_FAILED)
         except KeyboardInterrupt:
-            fail(f"stopped at once; continue with: qgm compare --resume {folder}", 128 + signal.SIGINT)
+            fail(f"stopped at once; continue with: {again}", 128 + signal.SIGINT)
     if stop.signals:
         name = signal.Signals(stop.signals[0]).name
         fail(
-            f"stopped by {name}, what is done is kept; continue with: qgm compare --resume {folder}",
+            f"stopped by {name}, what is done is kept; continue with: {again}",
             128 + stop.signals[0],
         )
     if dry_run:

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
+from qgm_ext.files import told
+
 __all__ = [
     "EXIT_FAILED",
     "EXIT_USAGE",
@@ -26,7 +28,6 @@ __all__ = [
     "option",
     "process_group",
     "stop_on_signal",
-    "told",
     "user_errors",
 ]
 
@@ -134,21 +135,9 @@ def user_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(told(error), EXIT_USAGE)
     except MemoryError as error:
-        fail(f"not enough memory: {error}", EXIT_FAILED)
+        fail("not enough memory" + (f": {error}" if str(error) else ""), EXIT_FAILED)
     except KeyboardInterrupt:
         fail("stopped", 128 + signal.SIGINT)
-
-
-def told(error: Exception) -> str:
-    """An error for people: of the system's, the file and the words, without the number.
-
-    Example:
-        >>> told(FileNotFoundError(2, "No such file or directory", "a.toml")), told(ValueError("lr must be > 0"))
-        ('a.toml: No such file or directory', 'lr must be > 0')
-    """
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 def fail(message: str, code: int) -> NoReturn:

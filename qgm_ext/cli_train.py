@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,6 @@ from qgm_ext.cli_support import (
     option,
     process_group,
     stop_on_signal,
-    told,
     user_errors,
 )
 from qgm_ext.data import augment as augmentation
@@ -42,6 +42,7 @@ from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import runfolder, schedules
 from qgm_ext.experiments.train import Record, Result, Training
 from qgm_ext.experiments.worker_files import by_first
+from qgm_ext.files import told
 from qgm_ext.stacked import NonFiniteGradientError
 
 __all__ = ["train"]
@@ -318,7 +319,7 @@ def _say_interrupted(training: Training, folder: Path | None, number: int, alone
     else:
         typer.echo(
             f"qgm: stopped by {name} at step {training.step} of {training.num_steps}, checkpoint written; "
-            f"continue with: {'qgm' if alone else 'torchrun ... -m qgm_ext'} train --resume {folder}",
+            f"continue with: {'qgm' if alone else 'torchrun ... -m qgm_ext'} train --resume {shlex.quote(str(folder))}",
             err=True,
         )
 
@@ -357,7 +358,11 @@ def _run_errors(folder: Path | None) -> Iterator[None]:
     except NonFiniteGradientError as error:
         fail(f"{error}; a smaller --lr or --clip may help", EXIT_FAILED)
     except (OSError, PeerLostError) as error:
-        hint = "" if folder is None else f"; when that is put right, continue with: qgm train --resume {folder}"
+        hint = (
+            ""
+            if folder is None
+            else f"; when that is put right, continue with: qgm train --resume {shlex.quote(str(folder))}"
+        )
         fail(f"{told(error)}{hint}", EXIT_FAILED)
     except KeyboardInterrupt:
         fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)

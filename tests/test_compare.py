@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -37,6 +38,10 @@ if kind and "compare_worker.serve" in " ".join(sys.orig_argv):
         def full(self, content):
             raise OSError(errno.ENOSPC, "No space left on device")
         runfolder.RunFolder.save_checkpoint = full
+    if kind == "start":
+        def full(handle, size):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.ftruncate = full
     step = Training._step
     def broken(self):
         if self._folder is not None and self.step == 5:
@@ -178,10 +183,19 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
         compare(plan(), "/dev/null/x")
 
 
-@pytest.mark.parametrize(("name", "value"), [("processes", 0), ("threads", 0)])
-def test_wrong_numbers_are_named(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-        compare(plan(), tmp_path, **{name: value})
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("processes", 0, "at least 1"),
+        ("threads", 0, "at least 1"),
+        ("checkpoint_seconds", -1.0, "a finite number of at least 0, got -1"),
+        ("checkpoint_seconds", math.nan, "a finite number of at least 0, got nan"),
+    ],
+)
+def test_wrong_numbers_are_named(name, value, expected, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be {expected}"):
+        compare(plan(), tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()  # nothing was begun
 
 
 def test_damaged_files_of_a_run_are_named(whole, tmp_path):
@@ -197,6 +211,7 @@ def test_damaged_files_of_a_run_are_named(whole, tmp_path):
         (metrics, ""),
         (metrics, "3\n"),
         (metrics, "{}\n"),
+        (metrics, first),  # cut short
         (metrics, first + '{"step": 1}\n' + "".join(rest)),
         (metrics, first + "".join(rest).replace("accuracy_local_mean", "accuracy")),
         (metrics, first.replace('"epoch": 0.0', '"epoch": "x"') + "".join(rest)),
@@ -216,6 +231,7 @@ def test_damaged_files_of_a_run_are_named(whole, tmp_path):
     ("kind", "message", "disk"),
     [
         ("disk", "No space left on device", True),
+        ("start", "seed 0: out folder .* can't be written to: No space left on device", True),
         ("die", "its process was killed by signal 9", False),
         ("bug", "RuntimeError: a bug", False),
     ],

@@ -132,7 +132,11 @@ def test_the_folder_of_a_run_depends_on_what_decides_its_outcome_alone():
         ({"train": {"epochs": 0}}, "dsgd on ring:4, alpha 0.1, mlp: epochs must be at least 1"),
         ({"train": 3}, "train must be a table"),
         ({"train": {"partition": "iid"}, "alphas": [1, 2]}, "alphas belong to the dirichlet partition"),
-        ({"hyper": {"momentun": 0.9}}, "none of the algorithms has a hyper-parameter of this name"),
+        (
+            {"hyper": {"momentun": 0.9}},
+            "none of the algorithms has a hyper-parameter of this name, did you mean 'momentum'",
+        ),
+        ({"seeds": 20261129}, r"seeds is how many there are, at most 1000, .* one seed is \[20261129\]"),
         ({"hyper": {"momentum": 1.0}}, r"momentum must be in \[0, 1\)"),
         ({"method": [{"label": "x"}]}, "a method needs an algorithm"),
         ({"method": [{"algorithm": "d2", "lr": 1}]}, "a method has no key 'lr', did you mean 'lrs'"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qgm_ext.experiments import runfolder
-from qgm_ext.experiments.runfolder import RunFolder, write_atomically
+from qgm_ext.experiments.runfolder import RunFolder
 
 
 def started(path):
@@ -24,43 +24,6 @@ def started(path):
 
 def names(path):
     return sorted(entry.name for entry in path.iterdir())
-
-
-def test_write_atomically_replaces_the_file_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "a.txt"
-    for text in (b"old", b"new"):
-        write_atomically(path, lambda file, text=text: file.write(text))
-        assert path.read_bytes() == text
-    assert names(tmp_path) == ["a.txt"]
-
-
-def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"old")
-
-    def fail(file):
-        file.write(b"half")
-        file.flush()
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["a.txt"]
-
-
-def test_write_atomically_syncs_the_file_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-
-    def spy_fsync(handle):
-        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-    write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
-    assert calls == ["file", "rename", "folder"]
 
 
 def test_create_makes_missing_parents(tmp_path):
@@ -76,9 +39,11 @@ def test_create_refuses_a_folder_with_foreign_files_and_adds_nothing(tmp_path):
 
 
 def test_create_refuses_an_earlier_run_and_says_how_to_resume(tmp_path):
-    started(tmp_path).close()
-    with pytest.raises(ValueError, match=f"not empty.*--resume {tmp_path}"):
-        RunFolder.create(tmp_path)
+    for name, word in (("run", "run"), ("my run", "my run'"), ("$HOME", "$HOME'")):  # as a shell takes it
+        path = tmp_path / name
+        started(path).close()
+        with pytest.raises(ValueError, match=f"not empty.*--resume '?{re.escape(str(tmp_path / word))} continues"):
+            RunFolder.create(path)
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -201,21 +166,6 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
         torch.save({"x": Evil()}, folder.file(runfolder.CHECKPOINT))
         with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
             folder.load_checkpoint()
-
-
-def full_disk(_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_is_told_with_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_text("before")
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match=r"No space left on device: '.*/file'") as caught:
-        runfolder.write_atomically(path, lambda file: file.write(b"after"))
-    assert caught.value.errno == errno.ENOSPC
-    assert path.read_text() == "before"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")

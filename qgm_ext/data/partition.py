@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qgm_ext.files import write_atomically
+
 IntArray = npt.NDArray[np.int64]
 
 # The protocol draws proportions for at most ten workers at a time, whatever the number of workers.
@@ -156,26 +158,20 @@ class Partition:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``path`` (.npz): a temporary file beside it, then a rename, so that no half-written file is left.
+        """Write to ``path`` (.npz), atomically: no half-written file is left.
 
         Raises: OSError if the folder is missing or can't be written to; a file that was at ``path`` is then unchanged.
         """
-        target = Path(path)
         meta = {"format": _FORMAT, "method": self.method, "seed": self.seed, "alpha": self.alpha}
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(
-                    file,
-                    meta=np.array(json.dumps(meta)),
-                    sizes=np.array(self.sizes, dtype=np.int64),
-                    indices=np.concatenate(self.indices),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(
+            Path(path),
+            lambda file: np.savez(
+                file,
+                meta=np.array(json.dumps(meta)),
+                sizes=np.array(self.sizes, dtype=np.int64),
+                indices=np.concatenate(self.indices),
+            ),
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Partition:
@@ -187,6 +183,8 @@ class Partition:
         # Opened here: numpy leaves its own handle open when the file turns out to be no archive.
         with open(path, "rb") as file:
             try:
+                if not zipfile.is_zipfile(file):  # numpy would take it for a pickle, and tell how to load that
+                    raise ValueError("it is no .npz file")
                 with np.load(file, allow_pickle=False) as stored:
                     meta = json.loads(str(stored["meta"]))
                     sizes, flat = stored["sizes"], stored["indices"]

@@ -33,7 +33,7 @@ from torch.distributed import checkpoint as _torch_checkpoint
 
 from qgm_ext.distributed.agreement import collective_device, gather_json
 from qgm_ext.distributed.takeover import Sources, State, checksum, choose, hand_over
-from qgm_ext.experiments.runfolder import write_atomically
+from qgm_ext.files import write_atomically
 from qgm_ext.optim import DecentralizedOptimizer
 from qgm_ext.optim.entries import with_numbers
 

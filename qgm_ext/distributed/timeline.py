@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.autograd import profiler
 
 from qgm_ext.distributed.agreement import collective_device, gather_bytes
+from qgm_ext.files import naming
 
 if TYPE_CHECKING:
     from qgm_ext.distributed.exchange import Stamp
@@ -91,7 +92,9 @@ def trace(path: str | os.PathLike[str], group: dist.ProcessGroup | None = None) 
     first = min((event["ts"] for event in events if event["ph"] != "M"), default=0.0)
     for event in events:
         event["ts"] = 0.0 if event["ph"] == "M" else round(event["ts"] - first, 3)
-    Path(path).write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}), encoding="utf-8")
+    text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+    with naming(Path(path)):
+        Path(path).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

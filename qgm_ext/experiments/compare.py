@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import qgm_ext
+from qgm_ext.algorithms import check_number
 from qgm_ext.experiments import compare_check, comparison, results, runfolder
 from qgm_ext.experiments.comparison import Comparison
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.results import Results, Run
+from qgm_ext.files import told, write_atomically
 
 __all__ = ["CompareError", "Estimate", "Outcome", "State", "compare"]
 
@@ -139,6 +141,7 @@ def compare(
     """
     count = _check_count("processes", available_cores() if processes is None else processes)
     _check_count("threads", threads)
+    check_number("checkpoint_seconds", checkpoint_seconds, low=0.0)
     begin = time.perf_counter()
     folder = Path(out)
     if _read(plan, folder, threads).todo():
@@ -156,7 +159,7 @@ def compare(
                     runner.work()
             found.write_csv()
         except OSError as error:
-            raise CompareError(str(error), disk=True) from error
+            raise CompareError(told(error), disk=True) from error
         finally:
             runner.close()
     return Outcome(found, not found.todo(), time.perf_counter() - begin, estimate)
@@ -343,7 +346,7 @@ class _Runner:
                     try:
                         done(run, answer)
                     except OSError as error:
-                        failure = failure or CompareError(str(error), disk=True)
+                        failure = failure or CompareError(told(error), disk=True)
         if kind == "train":
             self._tell_state([])
         if failure is not None:
@@ -401,7 +404,7 @@ def _taken(folder: Path, plan: Comparison) -> Iterator[None]:
             "comparison": plan.as_dict(),
         }
         text = runfolder.json_text(content).encode()
-        runfolder.write_atomically(folder / results.COMPARISON, lambda file: file.write(text))
+        write_atomically(folder / results.COMPARISON, lambda file: file.write(text))
         (folder / results.RUNS).mkdir(exist_ok=True)  # after what makes the folder one that can be taken up again
         yield
     finally:

@@ -22,6 +22,7 @@ from qgm_ext.experiments import runfolder
 from qgm_ext.experiments.config import TrainConfig, loads
 from qgm_ext.experiments.plugins import load_plugins
 from qgm_ext.experiments.train import Record, Training
+from qgm_ext.files import told, write_atomically
 from qgm_ext.stacked import NonFiniteGradientError
 
 __all__ = ["calibrate", "serve", "train"]
@@ -99,10 +100,13 @@ def serve(pipe: Connection, plugins: Sequence[str], threads: int) -> None:
                 answer = calibrate(config)
             else:
                 answer = train(config, Path(job["folder"]), parent, job["checkpoint_seconds"])
-        except OSError as error:
-            answer = {"kind": "failed", "error": str(error), "disk": True}
-        except (ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
-            answer = {"kind": "failed", "error": f"{type(error).__name__}: {error}", "disk": False}
+        except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
+            disk = isinstance(error, OSError) or isinstance(error.__cause__, OSError)  # of a folder: a ValueError
+            answer = {
+                "kind": "failed",
+                "error": told(error) if disk else f"{type(error).__name__}: {error}",
+                "disk": disk,
+            }
         parent.tell(answer)
 
 
@@ -166,7 +170,7 @@ def calibrate(config: TrainConfig) -> Answer:
 
 def _record_divergence(folder: Path, step: int, reason: str, seconds: float) -> None:
     text = runfolder.json_text({"step": step, "reason": reason, "seconds": round(seconds, 3)})
-    runfolder.write_atomically(folder / runfolder.DIVERGED, lambda file: file.write(text.encode()))
+    write_atomically(folder / runfolder.DIVERGED, lambda file: file.write(text.encode()))
 
 
 def _is_finite(record: Record) -> bool:

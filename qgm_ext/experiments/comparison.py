@@ -228,7 +228,10 @@ class Comparison:
                 raise ValueError(f"two methods have the label {label!r}; give one of them another label")
         for name in self.hyper:
             if not any(_has(method.algorithm, name) for method in self.methods):
-                raise ValueError(f"[hyper] {name}: none of the algorithms has a hyper-parameter of this name")
+                hint = did_you_mean(name, set().union(*(_hyper_names(method.algorithm) for method in self.methods)))
+                raise ValueError(
+                    f"[hyper] {name}: none of the algorithms has a hyper-parameter of this name{hint and f', {hint}'}"
+                )
         if not self.baseline:
             object.__setattr__(self, "baseline", self._default_baseline())
         check_name("baseline", self.baseline, labels)
@@ -397,7 +400,11 @@ def _letters(label: str) -> str:
 
 
 def _has(algorithm: str, name: str) -> bool:
-    return any(f.name == name for f in dataclasses.fields(algorithms.get_class(algorithm)))
+    return name in _hyper_names(algorithm)
+
+
+def _hyper_names(algorithm: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(algorithms.get_class(algorithm))}
 
 
 def _check_train(where: str, train: Mapping[str, Any]) -> None:

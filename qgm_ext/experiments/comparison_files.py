@@ -26,6 +26,8 @@ else:
 
 __all__ = ["from_dict", "merge", "preset", "preset_names", "read"]
 
+_MOST_SEEDS = 1000  # a larger number is meant to be one of them
+
 
 def read(path: Path, **changes: Any) -> Comparison:
     """Read a TOML file.
@@ -194,6 +196,10 @@ def _seeds(value: Any) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"seeds must be a number of at least 1 or a list, got {value}")
+        if value > _MOST_SEEDS:
+            raise ValueError(
+                f"seeds is how many there are, at most {_MOST_SEEDS}, or a list, got {value}; one seed is [{value}]"
+            )
         return tuple(range(value))
     good = isinstance(value, Sequence) and not isinstance(value, str)
     if not good or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from qgm_ext import data, topology
 from qgm_ext.experiments import report_plots, results, runfolder, tables
 from qgm_ext.experiments.curves import require_matplotlib
 from qgm_ext.experiments.results import TEST, Results, Score
+from qgm_ext.files import write_atomically
 
 __all__ = ["PAGE", "write"]
 
@@ -66,7 +68,8 @@ def write(folder: Path, out: Path | None = None) -> Path:
     found = results.load(folder)
     if all(run.status == "unfinished" for run in found.runs.values()):
         raise ValueError(
-            f"no run of the comparison in {folder} is done yet; continue with: qgm compare --resume {folder}"
+            f"no run of the comparison in {folder} is done yet; continue with: qgm compare --resume "
+            f"{shlex.quote(str(folder))}"
         )
     target = folder / "report" if out is None else out
     target.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def write(folder: Path, out: Path | None = None) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    runfolder.write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _sections(found: Results, notes: list[str]) -> list[tuple[str, list[_Picture]]]:

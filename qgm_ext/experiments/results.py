@@ -21,6 +21,7 @@ import numpy as np
 from qgm_ext.experiments import comparison, comparison_files, runfolder
 from qgm_ext.experiments.comparison import Cell, Comparison, Published, run_name
 from qgm_ext.experiments.config import TrainConfig
+from qgm_ext.files import write_atomically
 
 __all__ = ["COMPARISON", "CSV", "RUNS", "Paired", "Results", "Run", "Score", "load", "paired_test", "read_run"]
 
@@ -310,7 +311,7 @@ class Results:
     def write_csv(self) -> None:
         """Write results.csv into the folder, atomically."""
         content = self.csv().encode()
-        runfolder.write_atomically(self.folder / CSV, lambda file: file.write(content))
+        write_atomically(self.folder / CSV, lambda file: file.write(content))
 
 
 def load(folder: Path) -> Results:
@@ -388,6 +389,8 @@ def read_run(run: Run) -> Run:
         reason = str(told["reason"]) if status == "diverged" else ""
         if status == "finished" and not metrics:
             raise ValueError("it has no metrics")
+        if status == "finished" and metrics[-1].get("step") != told["step"]:
+            raise ValueError(f"{runfolder.METRICS} ends at step {metrics[-1].get('step')}, the run at {told['step']}")
         return Run(run.cell, run.lr, run.seed, run.config, run.folder, status, metrics, float(told["seconds"]), reason)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(

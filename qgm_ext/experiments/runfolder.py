@@ -12,13 +12,16 @@ import json
 import math
 import os
 import re
+import shlex
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
+
+from qgm_ext.files import naming, write_atomically
 
 __all__ = [
     "CHECKPOINT",
@@ -33,7 +36,6 @@ __all__ = [
     "check_empty",
     "json_text",
     "lock_folder",
-    "write_atomically",
 ]
 
 CONFIG = "config.json"
@@ -48,32 +50,6 @@ CHECKPOINTS = "checkpoints"  # of workers in processes of their own
 _OF_WORKERS = re.compile(rf"{CHECKPOINTS}|worker-\d+-of-\d+")
 
 Record = Mapping[str, Any]
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file in one go: beside its place, flushed to the disk, renamed, and the rename flushed too.
-
-    Args:
-        path: where it shall be; what is there stays until the new file is complete.
-        write: gets the open file and writes the content.
-
-    Raises:
-        OSError: if it can't be written; what was at ``path`` is unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None:  # that of a write, on a full disk, does not say which file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 class RunFolder:
@@ -167,19 +143,23 @@ class RunFolder:
         """
         self._close_metrics()
         write_atomically(self.file(METRICS), lambda file: file.write(b"".join(map(_line, records))))
-        self._metrics = open(self.file(METRICS), "ab")  # noqa: SIM115 (it stays open until close)
+        # It stays open until close, and unbuffered: what found no space must not be written once more by close.
+        self._metrics = open(self.file(METRICS), "ab", buffering=0)  # noqa: SIM115
 
     def append_metrics(self, record: Record) -> None:
         """Append one line to metrics.jsonl, visible to readers at once."""
         if self._metrics is None:
             raise RuntimeError("start_metrics comes before append_metrics")
-        self._metrics.write(_line(record))
-        self._metrics.flush()
+        left = _line(record)
+        with naming(self.file(METRICS)):
+            while left:
+                left = left[self._metrics.write(left) :]
 
     def flush_metrics(self) -> None:
         """Flush metrics.jsonl to the disk: a checkpoint is written after the metrics that it knows of."""
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            with naming(self.file(METRICS)):
+                os.fsync(self._metrics.fileno())
 
     def save_checkpoint(self, content: Mapping[str, Any]) -> None:
         """Write checkpoint.pt atomically, after the metrics that it knows of.
@@ -297,7 +277,7 @@ def check_empty(folder: Path, beside_workers: bool = False) -> None:
     if beside_workers and CONFIG not in foreign:
         foreign = [name for name in foreign if _OF_WORKERS.fullmatch(name) is None]
     if foreign:
-        hint = f"; --resume {folder} continues the run in it" if CONFIG in foreign else ""
+        hint = f"; --resume {shlex.quote(str(folder))} continues the run in it" if CONFIG in foreign else ""
         raise ValueError(f"out folder {folder} is not empty, it holds {foreign[0]}{hint}")
 
 
@@ -310,6 +290,8 @@ def lock_folder(folder: Path, what: str = "run") -> int:
     lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
     except BlockingIOError:
         owner = os.read(lock, 32).decode(errors="replace").strip()
         os.close(lock)
@@ -319,14 +301,4 @@ def lock_folder(folder: Path, what: str = "run") -> int:
     except BaseException:
         os.close(lock)
         raise
-    os.ftruncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
     return lock
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

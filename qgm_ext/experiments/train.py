@@ -35,6 +35,7 @@ from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.recorder import Record, Recorder
 from qgm_ext.experiments.runfolder import RunFolder
 from qgm_ext.experiments.worker_files import WorkerFiles, by_first, has_peers
+from qgm_ext.files import write_atomically
 from qgm_ext.simulator import Simulator
 
 __all__ = ["Record", "Result", "Training", "resume", "run"]
@@ -394,7 +395,7 @@ class Training:
             f"seed {self.config.seed}"
         )
         chance = 1 / self.dataset.num_classes
-        runfolder.write_atomically(
+        write_atomically(
             folder.file(runfolder.CURVES),
             lambda file: curves.save_learning_curves(file, result.metrics, title, chance),
         )

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 
 import qgm_ext
+from qgm_ext.cli_support import parser_errors
 
 __all__ = ["app", "main"]
 
@@ -67,6 +68,14 @@ _SETTINGS: dict[str, Any] = {
 
 class _Commands(TyperGroup):
     """The commands by name: in the list of commands as ``_COMMANDS`` has them, for a call as their modules do."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        with parser_errors():
+            return super().make_context(*arguments, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with parser_errors():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)

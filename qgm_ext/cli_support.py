@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.rich_utils import rich_format_error
 
 from qgm_ext.files import told
 
@@ -26,6 +27,7 @@ __all__ = [
     "fail",
     "make_console",
     "option",
+    "parser_errors",
     "process_group",
     "stop_on_signal",
     "user_errors",
@@ -34,6 +36,7 @@ __all__ = [
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _PIPE_WIDTH = 110
 _FOR_ANOTHER = timedelta(seconds=10)
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's, or that of typer's own copy of click
 _stores: list[Any] = []  # where this worker has met the others, if there are any
 
 
@@ -91,25 +94,35 @@ def process_group() -> Iterator[int]:
 
     Where all of them are on this machine they listen on the loopback interface, unless GLOO_SOCKET_IFNAME names one.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if not _has_others():
         yield 1
         return
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # Workers that torchrun has started again meet in the store of those before them, whose addresses are still in it.
-    store, rank, size = next(rendezvous("env://"))
-    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    _stores.append(store)
+    store, rank, size = _meet()
     _join(store, rank, size)
     try:
         yield size
     finally:
         dist.destroy_process_group()
+
+
+def _has_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def _meet(**more: Any) -> tuple[Any, int, int]:
+    """The store where this worker meets the others, its rank and their number."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    # Workers that torchrun has started again meet in the store of those before them, whose addresses are still in it.
+    store, rank, size = next(rendezvous("env://", **more))
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _stores.append(store)
+    return store, rank, size
 
 
 def _join(store: Any, rank: int, size: int) -> None:
@@ -125,6 +138,20 @@ def _join(store: Any, rank: int, size: int) -> None:
         raise ValueError(
             f"GLOO_SOCKET_IFNAME must name an interface with an address, of {known}, got {interface!r}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def parser_errors() -> Iterator[None]:
+    """Leave to the parser to tell what it finds wrong; of several workers on a machine, let one tell it."""
+    try:
+        yield
+    except _UsageError as error:
+        if not _has_others():
+            raise
+        with _first_to_say(error.format_message()) as first:
+            if first:
+                rich_format_error(error)
+        raise typer.Exit(error.exit_code) from error
 
 
 @contextlib.contextmanager
@@ -158,6 +185,9 @@ def _first_to_say(line: str) -> Iterator[bool]:
     first = True
     # A store that is gone, with rank 0 or torchrun, or a worker killed in between: better twice than never.
     with contextlib.suppress(RuntimeError):
+        # Before they have met: only torchrun's own store is sure to be there, for rank 0 may never come.
+        if not _stores and _has_others() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _meet(timeout=_FOR_ANOTHER)
         for store in _stores:
             if store.add(key, 1) > 1:
                 store.wait([f"{key}/done"], _FOR_ANOTHER)

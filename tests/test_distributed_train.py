@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from process_pool import ProcessPool
@@ -196,6 +197,44 @@ def test_under_torchrun_one_worker_says_in_one_line_what_is_wrong(words: str, mo
     assert said[0].startswith(f"qgm: {line}")
     assert "ValueError" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train --lrr 0.1", "No such option: --lrr"),
+        ("train --lr much", "Invalid value for '--lr'"),
+        ("trian", "No such command 'trian'"),
+    ],
+)
+def test_what_the_parser_finds_wrong_is_told_once_a_machine(words: str, line: str) -> None:
+    """With torchrun's store but without torchrun, which ends workers before they have spoken."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = os.environ | {
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "qgm_ext", *words.split()],
+            env=common | {"RANK": str(rank), "GROUP_RANK": str(rank // 2)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    said = []
+    for one in started:
+        try:
+            said.append(one.communicate(timeout=200)[1])
+        finally:
+            one.kill()
+        assert one.returncode == 2
+    for machine in (said[:2], said[2:]):
+        spoken, silent = sorted(machine, key=len, reverse=True)
+        assert line in spoken
+        assert silent == ""
 
 
 def test_torchrun_trains_as_one_process(tmp_path: Path) -> None:

@@ -160,6 +160,48 @@ def test_a_restart_goes_on_to_the_same_bits(pool: ProcessPool) -> None:
             assert_same(results[rank][k], sim.models[rank], f"{case}, rank {rank}")
 
 
+def elsewhere_in_memory(p: Tensor) -> Tensor:
+    """The same values, where they can with another order of dimensions in memory."""
+    return p.detach().t().clone(memory_format=torch.contiguous_format).t()
+
+
+def replace_parameters(model: nn.Module, opt: CrossGradient) -> None:
+    """New Parameter objects, with the state of the old ones."""
+    fresh = []
+    for name, old in list(model.named_parameters()):
+        new = nn.Parameter(elsewhere_in_memory(old))
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+        opt.state[new] = opt.state.pop(old)
+        fresh.append(new)
+    opt.param_groups[0]["params"] = fresh
+
+
+def rebind_alone(rank: int, cases: list[Case]) -> list[list[Tensor]]:
+    found = []
+    for case in cases:
+        model, opt = build(rank, case, timeout=20.0)
+        for step in range(STEPS):
+            if rank == 1 and step in (0, 2):
+                for p in model.parameters():
+                    p.data = elsewhere_in_memory(p)
+            if rank == 1 and step == 3:
+                replace_parameters(model, opt)
+            take(rank, case, opt, range(step, step + 1))
+        found.append(everything(model))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:ccl with momentum")
+def test_one_worker_alone_may_put_its_parameters_elsewhere(pool: ProcessPool) -> None:
+    n = 3
+    wanted: list[Case] = [(name, graphs_of(name)[-1], n, torch.float32, {}) for name in NAMES]
+    results = pool.run(rebind_alone, n, wanted)
+    for k, case in enumerate(wanted):
+        sim, _ = simulate(case)
+        for rank in range(n):
+            assert_same(results[rank][k], sim.models[rank], f"{case}, rank {rank}")
+
+
 def start_apart(rank: int, cases: list[Case]) -> list[list[Tensor]]:
     found = []
     for case in cases:

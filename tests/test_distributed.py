@@ -157,6 +157,32 @@ def test_drop_ins_train_as_the_simulator(pool: ProcessPool, name: str, restart: 
         assert torch.equal(results[rank], flattened(list(model.parameters()))), f"rank {rank}"
 
 
+def take_own_memory_format(rank: int, n: int, when: int, overlap: bool) -> list[Tensor]:
+    """Rank 1, and it alone, changes the order in which it has a weight in memory before step ``when``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Linear(4, 3))
+    opt = QGSGD(model.parameters(), lr=0.1, topology=topology.ring(n), overlap=overlap)
+    for step in range(5):
+        if rank == 1 and step == when:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        opt.zero_grad()
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters())
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        opt.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["together", "overlap"])
+def test_another_memory_format_of_one_worker_changes_nothing(pool: ProcessPool, overlap: bool) -> None:
+    n = 3
+    expected = pool.run(take_own_memory_format, n, n, -1, overlap)
+    for when in (0, 2):
+        for rank, found in enumerate(pool.run(take_own_memory_format, n, n, when, overlap)):
+            assert all(map(torch.equal, found, expected[rank])), f"rank {rank}, before step {when}"
+
+
 def build_unlike(rank: int, field: str) -> str:
     lr, shape, dtype, graph, name = 0.1, 4, torch.float32, "ring", "qg_dsgdm_n"
     if rank == 1:
@@ -165,7 +191,9 @@ def build_unlike(rank: int, field: str) -> str:
         dtype = torch.float64 if field == "dtype" else dtype
         graph = "complete" if field == "topology" else graph
         name = "dsgd" if field == "algorithm" else name
-    params = [nn.Parameter(torch.zeros(shape, dtype=dtype))]
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype)), nn.Parameter(torch.zeros(2, 3))]
+    if rank == 1 and field == "memory format":
+        params[1] = nn.Parameter(torch.zeros(3, 2).t())
     with pytest.raises(DisagreementError) as error:
         Decentralized(params, name, topology=topology.get(graph, 4), lr=lr)
     return str(error.value)
@@ -177,6 +205,7 @@ def build_unlike(rank: int, field: str) -> str:
         ("lr", "lr of the optimizer of rank 1 is 0.2, and of rank 0 0.1"),
         ("shape", r"parameter 0 of the optimizer of rank 1 is \[\[5\], .*and of rank 0 \[\[4\]"),
         ("dtype", 'parameter 0 .* of rank 1 is .*torch.float64", true.*rank 0 .*torch.float32"'),
+        ("memory format", r"parameter 1 .* of rank 1 is .*\[1, 2\]\], and of rank 0 .*\[3, 1\]\]"),
         ("topology", 'topology of rank 1 is {"name": "complete"'),
         ("algorithm", 'name of the optimizer of rank 1 is "dsgd", and of rank 0 "qg_dsgdm_n"'),
     ],

@@ -43,6 +43,7 @@ class CrossWorker(CrossSteps):
         self._engine = engine
         self._received: dict[int, Tensor] | None = None  # by neighbour of this step its sent_params; None: not yet
         self._copies: dict[str, dict[int, Tensor]] = {}  # of a state by name, that of each neighbour
+        self._kind: tuple[object, ...] | None = None  # what received vectors must be like
         self._sent_now = [0, 0]
 
     def begin(self, algorithm: CrossGradientAlgorithm, vectors: Vectors, lr: float, clock: Clock, number: int) -> None:
@@ -52,6 +53,9 @@ class CrossWorker(CrossSteps):
         """
         self._algorithm, self._vectors, self._lr, self._clock = algorithm, vectors, lr, clock
         self.x, self.layout, self.compute = vectors.x, vectors.layout, ops.compute_dtype(vectors.x.dtype)
+        kind = (self.layout.shapes, self.compute, self.x.device)
+        if kind != self._kind:  # then all workers have changed it, and ask each other again
+            self._kind, self._received, self._copies = kind, None, {}
         self.num_steps = clock.number
         self._place = Place(number, 0, 0)
         self._sent_now = [0, 0]

@@ -27,7 +27,7 @@ from qgm_ext.algorithms import Algorithm, check_number
 from qgm_ext.distributed.communication import Communication
 from qgm_ext.distributed.options import RuntimeArguments, options_from
 from qgm_ext.optim.entries import as_number, load_entry, with_numbers
-from qgm_ext.optim.flat_parameters import FlatParameters, check_memory, check_parameter
+from qgm_ext.optim.flat_parameters import FlatParameters, check_memory, check_parameter, dense_strides
 from qgm_ext.optim.overlap import overlap_for
 from qgm_ext.optim.peers import Peers
 from qgm_ext.optim.runtime import Update, runtime_for
@@ -37,6 +37,7 @@ from qgm_ext.topology import Topology
 
 __all__ = ["DecentralizedOptimizer"]
 
+_Format = tuple[torch.Size, tuple[int, ...]] | None  # shape and strides; None: not known yet
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -82,7 +83,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
     - At the first step (and when more parameters become trainable) parameters move into a buffer: ``parameter.data``
       is a view from then on. Code that throws the view away is noticed and costs one copy. Tensors that shared a
       parameter's memory, other than the parameter itself, no longer do; parameters that share memory with each other
-      are refused. Saving a part of a model with torch.save stores the whole buffer: save clones of the tensors.
+      are refused. With several workers they keep the memory format that they had when the optimizer was built, on all
+      workers the same; a later one is taken back at the next step. Saving a part of a model with torch.save stores the
+      whole buffer: save clones of the tensors.
     - State is float32 for bfloat16 and float16 parameters (float64 for float64), also after load_state_dict.
     - Parameters without a gradient are not changed, as in torch; runs of parameters with one take one call each.
     - Parameters must be plain float64, float32, bfloat16 or float16 tensors with dense gradients.
@@ -114,6 +117,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self._runtime = runtime_for(topology, group, self._options, self.by_passes)
         self._overlap = overlap_for(self, self._runtime)
         self._started = False
+        self._formats: list[list[_Format]] = []  # of each group's parameters, as the workers have agreed
         self._bindings: list[_Binding] = []
         self._algorithms: list[tuple[list[Any], Algorithm]] = []
         # In every group, so that a state_dict says what it is of.
@@ -213,19 +217,21 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             return
         fields: dict[str, Any] = {"optimizer": type(self).__name__, "on_nonfinite": self.on_nonfinite}
         made = [self.make_algorithm(with_numbers(group)) for group in groups]
+        params = [p for group in groups for p in group["params"] if not is_lazy(p)]
+        for p in params:
+            check_parameter(p)
+        formats = [[None if is_lazy(p) else (p.shape, dense_strides(p)) for p in group["params"]] for group in groups]
         fields["number of parameter groups"] = len(groups)
-        for index, (group, algorithm) in enumerate(zip(groups, made, strict=True)):
+        for index, (group, algorithm, kept) in enumerate(zip(groups, made, formats, strict=True)):
             of = f"of group {index}" if len(groups) > 1 else "of the optimizer"
             fields |= {f"{name} {of}": value for name, value in algorithm.describe().items()}
             fields |= {f"maximize {of}": group["maximize"], f"number of parameters {of}": len(group["params"])}
             names = group.get("param_names", range(len(group["params"])))
-            for name, p in zip(names, group["params"], strict=True):
-                shape = None if is_lazy(p) else list(p.shape)
-                fields[f"parameter {name} {of}"] = [shape, str(p.dtype), p.requires_grad]
-        params = [p for group in groups for p in group["params"] if not is_lazy(p)]
-        for p in params:
-            check_parameter(p)
+            for name, p, form in zip(names, group["params"], kept, strict=True):
+                shape, strides = (None, None) if form is None else map(list, form)
+                fields[f"parameter {name} {of}"] = [shape, str(p.dtype), p.requires_grad, strides]
         self._runtime.start(fields, made, params)
+        self._formats += formats
         if self._overlap is not None:
             self._overlap.look_ahead(made)
 
@@ -278,12 +284,23 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
             places: defaultdict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
             for p in fresh:
                 places[p.dtype, p.device].append(p)
-            whole = isinstance(self._runtime, Peers)
-            binding.flat += [FlatParameters(some, whole=whole) for some in places.values()]
+            whole, strides = isinstance(self._runtime, Peers), self._agreed_strides(index, params)
+            binding.flat += [
+                FlatParameters(some, [strides[id(p)] for p in some], whole=whole) for some in places.values()
+            ]
             taken = {id(p) for p in fresh}
             binding.rest = [p for p in binding.rest if id(p) not in taken]
         self._bindings[index : index + 1] = [binding]
         return binding.flat
+
+    def _agreed_strides(self, index: int, params: Sequence[Tensor]) -> dict[int, tuple[int, ...]]:
+        """By id the strides that a group's parameters have in the buffers: as agreed at the start, if they were."""
+        kept = self._formats[index] if index < len(self._formats) else []
+        found = {id(p): dense_strides(p) for p in params if not is_lazy(p)}
+        for p, form in zip(params, kept, strict=False):
+            if form is not None and not is_lazy(p) and form[0] == p.shape:
+                found[id(p)] = form[1]
+        return found
 
     @contextlib.contextmanager
     def no_gossip(self) -> Iterator[None]:
@@ -498,5 +515,6 @@ class DecentralizedOptimizer(torch.optim.Optimizer, abc.ABC):
         self._algorithms = []
         if "_bindings" not in self.__dict__:
             self._bindings = []
+            self._formats = []
             self._runtime = runtime_for(self.topology, self._process_group, self._options, self.by_passes)
             self._overlap = overlap_for(self, self._runtime)

@@ -136,7 +136,7 @@ class CrossGradient(Decentralized):
         if work.maximize:
             raise ValueError("maximize must be False: the algorithm descends on the loss that it is given")
         known = self._steps
-        if known is None or known[0].vectors is not work.vectors:
+        if known is None or known[0].vectors is not work.vectors:  # parameters are in other memory
             flat = work.flat
             workers = Workers(
                 models=[self.model],
@@ -147,7 +147,8 @@ class CrossGradient(Decentralized):
                 stacked_gradients=[],
                 device=work.vectors.x.device,
             )
-            known = (work, peers.cross_worker(), LoopEngine(workers))
+            # What neighbours have sent stays: they don't send it again, for theirs are where they were.
+            known = (work, peers.cross_worker() if known is None else known[1], LoopEngine(workers))
         self._steps = (work, *known[1:])
         return self._steps
 

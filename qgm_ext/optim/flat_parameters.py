@@ -46,9 +46,10 @@ class FlatParameters:
 
     Args:
         params: parameters of one dtype and device, checked by :func:`check_parameter`. Their values move into the
-            buffer: from now on each ``parameter.data`` is a view of it. Strides are kept, so a channels_last
-            parameter stays channels_last.
-        whole: they are always stepped together, as :meth:`vectors`: in the given order, gradients gathered.
+            buffer: from now on each ``parameter.data`` is a view of it.
+        strides: to be given to them, without gaps or overlap.
+        whole: they are always stepped together, as :meth:`vectors`: in the given order, gradients gathered. Other
+            workers count on that order and on the strides, which then stay the same.
 
     Attributes:
         params: in the order of the buffer: small ones (fewer than LARGE elements) first, unless ``whole``.
@@ -56,12 +57,14 @@ class FlatParameters:
         steps: how many steps each parameter has taken, [len(params)] int64 on the CPU.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, whole: bool = False) -> None:
+    def __init__(self, params: Sequence[Tensor], strides: Sequence[tuple[int, ...]], *, whole: bool = False) -> None:
         self.dtype, self.device = params[0].dtype, params[0].device
         large = sys.maxsize if whole else LARGE[self.device.type]
-        self.params = sorted(params, key=lambda p: p.numel() >= large)  # sorted is stable
+        order = sorted(range(len(params)), key=lambda i: params[i].numel() >= large)  # sorted is stable
+        self.params = [params[i] for i in order]
         self._num_small = sum(p.numel() < large for p in params)
-        self._strides = [dense_strides(p) for p in self.params]
+        self._strides = [strides[i] for i in order]
+        self._whole = whole
         self._layout = FlatLayout([p.shape for p in self.params], self._strides)
         self.x = self._layout.allocate(dtype=self.dtype, device=self.device)
         self._views = self._view(self.x)
@@ -71,7 +74,7 @@ class FlatParameters:
         small_end = self._layout.offsets[self._num_small] if self._num_small < len(self.params) else self._layout.size
         self._gathered = torch.zeros(small_end, dtype=self.dtype, device=self.device)
         self._gather_views = self._view(self._gathered, self._num_small)
-        self._whole = self._runs([True] * len(self.params), [0] * len(self.params))
+        self._all = self._runs([True] * len(self.params), [0] * len(self.params))
         self._slices: dict[Run, tuple[Tensor, Tensor | None, list[Tensor]]] = {}
         self._vectors: Vectors | None = None
         for p, view in zip(self.params, self._views, strict=True):
@@ -90,8 +93,8 @@ class FlatParameters:
             everything: gives all parameters of the optimizer, for :func:`check_memory` if one has moved.
 
         Returns:
-            False if a parameter has another shape, dtype, device or memory format than before. The caller then
-            makes new FlatParameters, which adopt the state.
+            False if a parameter has another shape, dtype, device or (unless ``whole``) memory format than before. The
+            caller then makes new FlatParameters, which adopt the state.
         """
         try:
             if all(map(torch.Tensor.is_set_to, self.params, self._views)):
@@ -100,7 +103,9 @@ class FlatParameters:
             pass
         moved = []
         for p, view, stride in zip(self.params, self._views, self._strides, strict=True):
-            if p.dtype != self.dtype or p.device != self.device or p.shape != view.shape or dense_strides(p) != stride:
+            if p.dtype != self.dtype or p.device != self.device or p.shape != view.shape:
+                return False
+            if not self._whole and dense_strides(p) != stride:
                 return False
             if not p.is_set_to(view):
                 moved.append((p, view))
@@ -197,7 +202,7 @@ class FlatParameters:
             self._bind_state(unbound, state)
         counts = self.steps.tolist()
         if len(active) == len(grads) and counts.count(counts[0]) == len(counts):
-            runs = self._whole
+            runs = self._all
         else:
             runs = self._runs([grad is not None for grad in grads], counts)
         self._gather([i for i in active if i < self._num_small] if len(active) < len(grads) else None, grads)

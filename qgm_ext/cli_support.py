@@ -131,6 +131,11 @@ def _join(store: Any, rank: int, size: int) -> None:
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     except RuntimeError as error:
+        transport = os.environ.get("GLOO_DEVICE_TRANSPORT")
+        if transport is not None and "unsupported gloo device" in str(error):
+            raise ValueError(
+                f"GLOO_DEVICE_TRANSPORT must be one with which this torch was built, got {transport!r}: {error}"
+            ) from error
         interface = os.environ.get("GLOO_SOCKET_IFNAME")
         if interface is None:
             raise

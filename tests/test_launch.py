@@ -167,6 +167,33 @@ def test_the_command_for_two_machines_trains_as_one_process(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * LIMIT)
+def test_messages_are_encrypted_if_torch_can(tmp_path: Path) -> None:
+    """Under GLOO_DEVICE_TRANSPORT=TCP_TLS workers train with a certificate of their own, or are told what lacks."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_DEVICE_TRANSPORT": "TCP_TLS",
+        "GLOO_DEVICE_TRANSPORT_TCP_TLS_PKEY": key,
+        "GLOO_DEVICE_TRANSPORT_TCP_TLS_CERT": certificate,
+        "GLOO_DEVICE_TRANSPORT_TCP_TLS_CA_FILE": certificate,
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ((code, output, errors),) = start([[*launch, "-m", "qgm_ext", "train", *OPTIONS]], environment, tmp_path)
+    if code == 0:
+        assert "Result on the test set" in output
+        return
+    (said,) = [line for line in errors.splitlines() if line.startswith("qgm: ")]
+    assert said.startswith("qgm: GLOO_DEVICE_TRANSPORT must be one with which this torch was built, got 'TCP_TLS'")
+    pytest.skip("this torch was built without Gloo's TLS")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT)
 def test_machines_with_different_options_are_told(tmp_path: Path) -> None:
     port = free_port()
     commands = [for_machines(1, [*OPTIONS, "--lr", lr], port) for lr in ("0.1", "0.2")]

@@ -22,6 +22,7 @@ from process_pool import Processes, process_group
 from qgm_ext import StackedOptimizer, topology
 from qgm_ext.distributed import PeerLostError, checkpoint
 from qgm_ext.distributed.healing import HealingEngine
+from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.mixing import Mixing
 from qgm_ext.optim import QGSGD, Decentralized
 
@@ -254,6 +255,49 @@ def test_random_kills_end_every_worker_with_the_name_of_the_lost(tmp_path: Path,
 @pytest.mark.parametrize("kill", [kill_at_random_and_heal, kill_at_random_and_raise], ids=["heal", "raise"])
 def test_twenty_random_kills(tmp_path: Path, kill: Any, seed: int) -> None:
     kill(tmp_path, seed)
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def meet_without_one(rank: int, store: str, how: str) -> None:
+    """Four workers, of whom rank 2 is gone after two steps, when the others meet all together."""
+    with process_group(rank, 4, store):
+        if how == "maximum":
+            worker = ProcessWorker(Line(), topology.ring(4), "dsgd", lr=0.1)
+        else:
+            p = nn.Parameter(torch.zeros(3))
+            opt = QGSGD([p], lr=0.1, topology=topology.ring(4), on_nonfinite="skip", timeout=4.0)
+            p.grad = torch.ones(3)
+        try:
+            for step in range(4):
+                if rank == 2 and step == 2:
+                    if how == "silent":
+                        time.sleep(15.0)
+                        return
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "maximum":
+                    worker.maximum(torch.tensor([rank]))
+                else:
+                    opt.step()
+        except PeerLostError as error:
+            Path(f"{store}-{rank}").write_text(f"{error.peer} {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["dead", "silent", "maximum"])
+def test_a_worker_that_is_missed_where_all_meet_is_named(tmp_path: Path, how: str) -> None:
+    store = str(tmp_path / "store")
+    processes = Processes(meet_without_one, 4, store, how, log=store, preload=PRELOAD)
+    assert processes.end()[2] == (0 if how == "silent" else -signal.SIGKILL), processes.logs
+    for rank in (0, 1, 3):
+        assert Path(f"{store}-{rank}").read_text().startswith("2 rank 2 of 4 is lost, where all workers meet"), rank
 
 
 def soak(folder: Path, seconds: float) -> None:

@@ -9,8 +9,9 @@ is part of the tag: such a message is never taken, and its sender is named when 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -198,7 +199,8 @@ class Exchange:
             with span("send", stamp):
                 works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
         except RuntimeError as error:
-            raise self.lost(self._broken_peer(batch), stamp, error) from error
+            peers = [peer for peer, _, _ in batch.messages]
+            raise self.lost(self._broken_peer(peers, batch.messages[0][1].buffer), stamp, error) from error
         if len(works) != len(batch.messages):  # a backend that joins the batch into one
             works = [works[0]] * len(batch.messages)
         return [
@@ -234,14 +236,40 @@ class Exchange:
                 self.bytes_received += message.buffer.numel()
         self.seconds += time.perf_counter() - start
 
-    def _broken_peer(self, batch: Batch) -> int:
-        """To whom the connection is broken: the first of a batch with whom no message can be started."""
-        for peer, message, _ in batch.messages:
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """A context for a collective of all workers, whose errors say little more than that there was one.
+
+        Raises:
+            PeerLostError: instead of the error that the collective raises when it lacks a worker.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            others = [(self.rank + k) % self.size for k in range(1, self.size)]
+            first = self._first_lost(self._broken_peer(others, torch.empty(_HEADER, dtype=torch.uint8)))
+            raise PeerLostError(
+                f"rank {first} of {self.size} is lost, where all workers meet ({str(error).splitlines()[0]})", first
+            ) from error
+
+    def wait_together(self, work: Any) -> None:
+        """Wait for a collective; in :meth:`collective`."""
+        if self.backend == "gloo":
+            work.wait(self._timeout)
+        else:
+            work.wait()
+
+    def _broken_peer(self, peers: Sequence[int], like: Tensor) -> int:
+        """To whom the connection is broken: the first of some with whom no message can be started.
+
+        If it is to none, the first of them: for whom this worker says that it waits, so that who says nothing is found.
+        """
+        for peer in peers:
             try:
-                dist.irecv(torch.empty_like(message.buffer), self.global_rank(peer), group=self.group, tag=_TAGS)
+                dist.irecv(torch.empty_like(like), self.global_rank(peer), group=self.group, tag=_TAGS)
             except RuntimeError:
                 return peer
-        return batch.messages[0][0]
+        return peers[0]
 
     def lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:
         """The error that names the worker that was lost first, as far as the survivors know."""

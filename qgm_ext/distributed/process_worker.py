@@ -7,6 +7,7 @@ evaluation and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class ProcessWorker:
 
     Raises:
         TypeError, ValueError: if an argument does not fit, or processes were started with different ones.
+        PeerLostError: by every method that is a collective, if a worker is gone, unless on_peer_loss="heal".
     """
 
     engine = "loop"
@@ -103,6 +105,7 @@ class ProcessWorker:
         self._staleness = staleness
         runtime = self.opt._runtime
         self._survivors = runtime.survivors() if isinstance(runtime, Peers) else None
+        self._exchange = runtime.exchange if isinstance(runtime, Peers) else None
         self._timer = Timer(torch.device("cpu"))
 
     @property
@@ -161,7 +164,8 @@ class ProcessWorker:
             self.left = list(said)
             return torch.stack(list(said.values()))
         found = [torch.empty_like(values) for _ in range(self.num_workers)]
-        dist.all_gather(found, values.contiguous())
+        with self._meeting():
+            dist.all_gather(found, values.contiguous())
         return torch.stack(found)
 
     def maximum(self, values: Tensor) -> Tensor:
@@ -169,8 +173,12 @@ class ProcessWorker:
         if self._survivors is not None:
             return self.gather(values).amax(0)
         found = values.clone()
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        with self._meeting():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         return found
+
+    def _meeting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._exchange is None else self._exchange.collective()
 
     def average_model(self) -> nn.Module | None:
         """On the lowest rank that is left a new module with the mean of the workers' parameters and that worker's
@@ -234,9 +242,11 @@ class ProcessWorker:
         rows = self._layout.allocate(self.num_workers, dtype=first.dtype, device="cpu") if self.worker == 0 else None
         # As bytes: Gloo does not know every dtype.
         into = None if rows is None else [one.view(torch.uint8) for one in rows]
-        dist.gather(row.view(torch.uint8), into, dst=0)
+        with self._meeting():
+            dist.gather(row.view(torch.uint8), into, dst=0)
         shared = torch.zeros(size, dtype=torch.float64) if rows is None else make(rows)
-        dist.broadcast(shared, 0)
+        with self._meeting():
+            dist.broadcast(shared, 0)
         return shared
 
     def _stacked(self, rows: list[Tensor]) -> Tensor:

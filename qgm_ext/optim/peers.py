@@ -275,5 +275,6 @@ class Peers:
             return [] if finite else [0]
         mine = torch.tensor([int(not finite)], dtype=torch.int64, device=self.exchange.device)
         flags = [torch.empty_like(mine) for _ in range(self.num_workers)]
-        dist.all_gather(flags, mine, group=self.exchange.group)
+        with self.exchange.collective():
+            self.exchange.wait_together(dist.all_gather(flags, mine, group=self.exchange.group, async_op=True))
         return [rank for rank, flag in enumerate(flags) if int(flag)]

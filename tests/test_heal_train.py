@@ -144,9 +144,10 @@ def test_survivors_train_and_evaluate_to_the_end(tmp_path: Path, deaths: dict[in
 
 
 @pytest.mark.slow
-def test_a_lost_worker_comes_back_with_the_state_of_a_neighbour(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [1, 20], ids=["before-it-saved", "later"])
+def test_a_lost_worker_comes_back_with_the_state_of_a_neighbour(tmp_path: Path, step: int) -> None:
     """The others go on without it and save; when all are started again they are whole, from the step of the others."""
-    before = run(tmp_path, {2: (20, "in a step")}, 0.0)
+    before = run(tmp_path, {2: (step, "in a step")}, 0.0)
     kept = {
         path.name: sorted(p.name for p in path.iterdir()) for path in (tmp_path / "run" / "checkpoints").glob("step-*")
     }

@@ -133,11 +133,11 @@ def save(
     for parent in (target.parent, root):
         _sync(parent)
     start = _started(root, rank, size)
-    if start is None or not start["saved"]:
-        start = {"start": "" if start is None else start["start"], "saved": True}
-        _write_start(root, rank, size, start)
-    lost = optimizer.lost_workers if isinstance(optimizer, DecentralizedOptimizer) else {}
-    _remove_old(root, rank, size, start["start"], set(lost))
+    lost = sorted(optimizer.lost_workers) if isinstance(optimizer, DecentralizedOptimizer) else []
+    now: dict[str, Any] = {"start": "" if start is None else start["start"], "saved": True, "lost": lost}
+    if start != now:
+        _write_start(root, rank, size, now)
+    _remove_old(root, rank, size, now["start"], set(lost))
     return target
 
 
@@ -183,12 +183,14 @@ def load(
     said: dict[str, Any] = {
         "seen": [[step, sorted(workers[size])] for step, workers in saved.items() if size in workers],
         "unsaved": begun is not None and not begun["saved"],
+        "lost": [] if begun is None else begun.get("lost", []),
         "start": secrets.token_hex(8),
     }
     every = [said] if size == 1 else gather_json(group, said, device)
+    lost = {worker for one in every for worker in one["lost"]}  # the others have gone on without it
     sources = choose(
         [dict(one["seen"]) for one in every],
-        [worker for worker, one in enumerate(every) if one["unsaved"]],
+        [worker for worker, one in enumerate(every) if one["unsaved"] and worker not in lost],
         optimizer.topology if isinstance(optimizer, DecentralizedOptimizer) else None,
     )
     _write_start(root, rank, size, {"start": every[0]["start"], "saved": sources is not None})

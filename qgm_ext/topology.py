@@ -1,12 +1,13 @@
 """Topologies: who averages with whom, with which weights, at which step. This is the module that users call.
 
-Holds the constructors (``ring(16)``, ``from_networkx(g)``, ``get("torus", 12)``, ...) and the checks of what they are
-given. Row i of the mixing matrix W is what worker i receives, x_i+ = sum_j w_ij x_j, and W is doubly stochastic: rows
-sum to one, so that agreement stays agreement, and columns do, so that averaging keeps the mean of the workers.
+Holds the constructors (``ring(16)``, ``from_networkx(g)``, ``get("torus", 12)``, ...). Row i of the mixing matrix W is
+what worker i receives, x_i+ = sum_j w_ij x_j, and W is doubly stochastic: rows sum to one, so that agreement stays
+agreement, and columns do, so that averaging keeps the mean of the workers.
 
-The class is in :mod:`qgm_ext._topology`, edge lists and weight rules in :mod:`qgm_ext.graphs`, the form that kernels
-read in :mod:`qgm_ext.mixing`. Nothing here needs torch. Weights follow the code of Lin et al., "Quasi-Global Momentum"
-(ICML 2021): 1/(degree + 1) on regular graphs and, on its social network, a rule equal to Metropolis-Hastings.
+The class is in :mod:`qgm_ext._topology`, the checks of what constructors are given in :mod:`qgm_ext._topology_checks`,
+edge lists and weight rules in :mod:`qgm_ext.graphs`, the form that kernels read in :mod:`qgm_ext.mixing`. Nothing here
+needs torch. Weights follow the code of Lin et al., "Quasi-Global Momentum" (ICML 2021): 1/(degree + 1) on regular
+graphs and, on its social network, a rule equal to Metropolis-Hastings.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qgm_ext import graphs
-from qgm_ext._topology import CyclicTopology, RandomMatching, StaticTopology, Topology, to_integer, unreached
+from qgm_ext._topology import CyclicTopology, RandomMatching, StaticTopology, Topology, to_integer
+from qgm_ext._topology_checks import (
+    check_both_ways,
+    check_connected,
+    check_stochastic,
+    check_uniform,
+    checked_workers,
+)
 from qgm_ext.graphs import Weights
 from qgm_ext.hints import did_you_mean
 from qgm_ext.mixing import Mixing
@@ -49,13 +57,8 @@ __all__ = [
     "torus",
 ]
 
-# How far a row or column sum may be from one. Rounding in float64 stays far below; a matrix computed in float32 is
-# above, and is refused, because the mean of the workers would drift by that much in every step.
-_SUM_TOLERANCE = 1e-9
-
 # What turns the name of a topology into that of its spanning tree.
 TREE_PREFIX = "spanning_tree_of_"
-_MOST_WORKERS = 2**24  # more are taken for a slip: their edges alone would fill the memory
 
 
 # Constructors ---------------------------------------------------------------------------------------------------------
@@ -68,25 +71,25 @@ def ring(n: int) -> Topology:
         >>> round(ring(16).lambda_2, 4)
         0.9493
     """
-    n = _workers("ring", n)
+    n = checked_workers("ring", n)
     return _named("ring", graphs.metropolis(n, graphs.undirected(n, np.arange(n), (np.arange(n) + 1) % n)))
 
 
 def chain(n: int) -> Topology:
     """Return a chain 0 - 1 - ... - n-1 with Metropolis-Hastings weights (1/3; both ends keep 2/3)."""
-    n = _workers("chain", n)
+    n = checked_workers("chain", n)
     return _named("chain", graphs.metropolis(n, graphs.undirected(n, np.arange(n - 1), np.arange(1, n))))
 
 
 def star(n: int) -> Topology:
     """Return a star with worker 0 in the middle and Metropolis-Hastings weights: 1/n on every edge."""
-    n = _workers("star", n)
+    n = checked_workers("star", n)
     return _named("star", graphs.metropolis(n, graphs.undirected(n, np.zeros(n - 1), np.arange(1, n))))
 
 
 def binary_tree(n: int) -> Topology:
     """Return a binary tree as RelaySum's code numbers it: worker 0 hangs on worker 1, worker w >= 2 on w // 2."""
-    n = _workers("binary_tree", n)
+    n = checked_workers("binary_tree", n)
     return _named("binary_tree", graphs.metropolis(n, graphs.binary_tree(n)))
 
 
@@ -96,7 +99,7 @@ def double_binary_trees(n: int) -> Topology:
     The second is the first with worker w renamed n - 1 - w, so that inner workers of one are leaves of the other (the
     renaming is [recalled] from RelaySum's code). The mixing matrix, for other algorithms, is that of both together.
     """
-    n = _workers("double_binary_trees", n)
+    n = checked_workers("double_binary_trees", n)
     one = graphs.binary_tree(n)
     other = graphs.edges(n, n - 1 - one[0], n - 1 - one[1])
     both = graphs.edges(n, np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]]))
@@ -119,8 +122,8 @@ def spanning_tree(topology: Topology) -> Topology:
         raise ValueError(f"topology must be static for a spanning tree, got {topology.name!r}; use its at(step)")
     n = topology.num_workers
     graph = graphs.off_diagonal_edges(topology.mixing())
-    _check_both_ways(n, graph, list(range(n)))
-    _check_connected(topology.name, [topology], allow_disconnected=False)
+    check_both_ways(n, graph, list(range(n)))
+    check_connected(topology.name, [topology], allow_disconnected=False)
     mixing = graphs.metropolis(n, graphs.breadth_first_tree(n, graph))
     return StaticTopology("spanning_tree", mixing, {"of": topology.name})
 
@@ -137,7 +140,7 @@ def random_directed(n: int, p: float = 0.3, seed: int = 0) -> Topology:
         p: in [0, 1].
         seed: in [0, 2**32).
     """
-    n, seed = _workers("random_directed", n), to_integer("seed", seed, 0, 2**32 - 1)
+    n, seed = checked_workers("random_directed", n), to_integer("seed", seed, 0, 2**32 - 1)
     if isinstance(p, bool) or not isinstance(p, (int, float, np.floating)):
         raise TypeError(f"p must be a number in [0, 1], got {p!r}")
     if not 0.0 <= p <= 1.0:
@@ -150,7 +153,7 @@ def random_directed(n: int, p: float = 0.3, seed: int = 0) -> Topology:
 
 def complete(n: int) -> Topology:
     """Return the complete graph: every weight 1/n, exact averaging in each step."""
-    n = _workers("complete", n)
+    n = checked_workers("complete", n)
     columns = np.tile(np.arange(n, dtype=np.int32), n)
     return _named("complete", Mixing.from_csr(np.arange(n + 1) * n, columns, np.full(n * n, 1.0 / n)))
 
@@ -165,7 +168,7 @@ def torus(n: int) -> Topology:
         >>> torus(12).neighbors(0)  # 3 x 4
         [1, 3, 4, 8]
     """
-    n = _workers("torus", n)
+    n = checked_workers("torus", n)
     return _named("torus", graphs.metropolis(n, graphs.torus(n)))
 
 
@@ -175,7 +178,7 @@ def hypercube(n: int) -> Topology:
     Raises:
         ValueError: if n is not a power of two.
     """
-    n = _workers("hypercube", n)
+    n = checked_workers("hypercube", n)
     if n & (n - 1):
         below = 1 << (n.bit_length() - 1)
         raise ValueError(f"n must be a power of two for a hypercube, got {n}; the nearest are {below} and {2 * below}")
@@ -191,7 +194,7 @@ def exponential(n: int) -> Topology:
 
     Directed and doubly stochastic, with p = floor(log2(n - 1)) + 1 neighbours; weights 1/(p + 1).
     """
-    n = _workers("exponential", n)
+    n = checked_workers("exponential", n)
     return _named("exponential", graphs.uniform(n, graphs.circulant(n, graphs.exponential_hops(n))))
 
 
@@ -205,7 +208,7 @@ def social(n: int = 32) -> Topology:
     """
     import networkx as nx
 
-    if _workers("social", n) != 32:
+    if checked_workers("social", n) != 32:
         raise ValueError(f"n must be 32 for the social network, got {n}: its graph is a fixed one")
     return from_networkx(nx.davis_southern_women_graph(), name="social")
 
@@ -222,7 +225,7 @@ def erdos_renyi(n: int, p: float | None = None, seed: int = 0) -> Topology:
     """
     import networkx as nx
 
-    n, seed = _workers("erdos_renyi", n), to_integer("seed", seed, 0, 2**32 - 1)
+    n, seed = checked_workers("erdos_renyi", n), to_integer("seed", seed, 0, 2**32 - 1)
     threshold = math.log(n) / n
     if p is None:
         p = min(1.0, 2.0 * (threshold + 1.0 / n))
@@ -283,13 +286,13 @@ def from_networkx(
     found = graphs.edges(n, receivers, senders) if directed else graphs.undirected(n, receivers, senders)
     if weights == "metropolis":
         if directed:
-            _check_both_ways(n, found, nodes)
+            check_both_ways(n, found, nodes)
         mixing = graphs.metropolis(n, found)
     else:
         mixing = graphs.uniform(n, found)
-        _check_uniform(n, found, mixing, nodes)
+        check_uniform(n, found, mixing, nodes)
     topology = StaticTopology(name or str(graph.name or "networkx"), mixing, arguments or {"weights": weights})
-    _check_connected(topology.name, [topology], allow_disconnected)
+    check_connected(topology.name, [topology], allow_disconnected)
     return topology
 
 
@@ -308,8 +311,8 @@ def from_matrix(matrix: ArrayLike, *, name: str = "custom", allow_disconnected: 
         >>> from_matrix([[0.75, 0.25], [0.25, 0.75]]).spectral_gap
         0.5
     """
-    topology = StaticTopology(name, Mixing.from_matrix(_check_stochastic("matrix", matrix)), {})
-    _check_connected(name, [topology], allow_disconnected)
+    topology = StaticTopology(name, Mixing.from_matrix(check_stochastic("matrix", matrix)), {})
+    check_connected(name, [topology], allow_disconnected)
     return topology
 
 
@@ -341,14 +344,14 @@ def from_sequence(
                 raise ValueError(f"matrices[{index}] must be static, got the time-varying topology {item.name!r}")
             cycle.append(item)
         else:
-            checked = _check_stochastic(f"matrices[{index}]", item)
+            checked = check_stochastic(f"matrices[{index}]", item)
             cycle.append(StaticTopology(f"{name}[{index}]", Mixing.from_matrix(checked), {}))
         if cycle[-1].num_workers != cycle[0].num_workers:
             raise ValueError(
                 f"matrices must all have the same number of workers: matrices[0] has {cycle[0].num_workers}, "
                 f"matrices[{index}] has {cycle[-1].num_workers}"
             )
-    _check_connected(name, cycle, allow_disconnected)
+    check_connected(name, cycle, allow_disconnected)
     return _cyclic(name, cycle)
 
 
@@ -357,7 +360,7 @@ def one_peer_exponential(n: int) -> Topology:
 
     Directed, one message a step, period p = floor(log2(n - 1)) + 1. For n a power of two p steps average exactly.
     """
-    n = _workers("one_peer_exponential", n)
+    n = checked_workers("one_peer_exponential", n)
     hops = graphs.exponential_hops(n) or [0]
     steps = [graphs.uniform(n, graphs.circulant(n, [hop])) for hop in hops]
     return _cyclic(
@@ -376,7 +379,7 @@ def random_matching(n: int, seed: int = 0) -> Topology:
         n: number of workers.
         seed: in [0, 2**32).
     """
-    return RandomMatching(_workers("random_matching", n), to_integer("seed", seed, 0, 2**32 - 1))
+    return RandomMatching(checked_workers("random_matching", n), to_integer("seed", seed, 0, 2**32 - 1))
 
 
 _NAMED: dict[str, Callable[..., Topology]] = {
@@ -439,98 +442,9 @@ def get(name: str, n: SupportsIndex | None = None, **arguments: Any) -> Topology
     return _NAMED[key](**arguments) if n is None else _NAMED[key](n, **arguments)
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
-
-
 def _named(name: str, mixing: Mixing) -> Topology:
     return StaticTopology(name, mixing, {})
 
 
 def _cyclic(name: str, cycle: Sequence[Topology]) -> Topology:
     return StaticTopology(name, cycle[0].mixing(), {}) if len(cycle) == 1 else CyclicTopology(name, cycle, {})
-
-
-def _workers(name: str, n: SupportsIndex) -> int:
-    number = to_integer(f"n (number of workers of {name})", n, 1)
-    if number > _MOST_WORKERS:
-        raise ValueError(f"n (number of workers of {name}) must be at most {_MOST_WORKERS:,}, got {number}")
-    return number
-
-
-def _check_connected(name: str, parts: Sequence[Topology], allow_disconnected: bool) -> None:
-    lost = [] if allow_disconnected else unreached(parts)
-    if lost:
-        over = f" over its period of {len(parts)} steps" if len(parts) > 1 else ""
-        raise ValueError(
-            f"topology {name!r} is not connected{over}: {graphs.enumerate_workers(lost)} can't reach worker 0, not "
-            f"even through others, so the workers never agree; pass allow_disconnected=True if that is meant"
-        )
-
-
-def _check_stochastic(argument: str, value: ArrayLike) -> NDArray[np.float64]:
-    """Return value as a float64 array if it is a doubly stochastic matrix; else say what is wrong and where."""
-    try:
-        given = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{argument} must be an [n, n] array of real numbers, got {type(value).__name__}") from error
-    if given.dtype.kind not in "iuf":
-        raise TypeError(
-            f"{argument} must be an [n, n] array of real numbers, got {type(value).__name__} of dtype {given.dtype}"
-        )
-    matrix = given.astype(np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-        raise ValueError(f"{argument} must be square with at least one row, got shape {list(matrix.shape)}")
-    for wrong, expected in ((~np.isfinite(matrix), "must be finite"), (matrix < 0.0, "must not be negative")):
-        if wrong.any():
-            row, column = (int(axis[0]) for axis in np.nonzero(wrong))
-            count = int(wrong.sum())
-            others = f" ({count} such entries in all)" if count > 1 else ""
-            raise ValueError(f"{argument}[{row}, {column}] {expected}, got {matrix[row, column]}{others}")
-    for axis, kind in ((1, "row"), (0, "column")):
-        sums = matrix.sum(axis=axis)
-        off = np.flatnonzero(np.abs(sums - 1.0) > _SUM_TOLERANCE)
-        if off.size:
-            _raise_bad_sum(argument, matrix, kind, off, float(sums[off[0]]))
-    return matrix
-
-
-def _raise_bad_sum(argument: str, matrix: NDArray[np.float64], kind: str, off: NDArray[np.int64], total: float) -> None:
-    line = int(off[0])
-    entries = matrix[line] if kind == "row" else matrix[:, line]
-    largest = int(entries.argmax())
-    place = (line, largest) if kind == "row" else (largest, line)
-    why = "a worker's weights must add up" if kind == "row" else "otherwise averaging would change the workers' mean"
-    hint = "; computed in float32? compute it in float64" if abs(total - 1.0) < 1e-4 else ""
-    others = f" ({off.size} {kind}s are off)" if off.size > 1 else ""
-    raise ValueError(
-        f"{argument}: {kind} {line} sums to {total:.10g}, expected 1 within {_SUM_TOLERANCE:g}: {why}; its largest "
-        f"entry is [{place[0]}, {place[1]}] = {entries[largest]:.10g}{others}{hint}"
-    )
-
-
-def _check_both_ways(n: int, found: graphs.Edges, nodes: Sequence[Any]) -> None:
-    to, frm = found
-    one_way = np.flatnonzero(~np.isin(to * n + frm, frm * n + to))
-    if one_way.size:
-        sender, receiver = int(frm[one_way[0]]), int(to[one_way[0]])
-        raise ValueError(
-            f"weights='metropolis' needs every edge both ways, but {_label(sender, nodes)} sends to "
-            f"{_label(receiver, nodes)} and not back; use weights='uniform' or an undirected graph"
-        )
-
-
-def _check_uniform(n: int, found: graphs.Edges, mixing: Mixing, nodes: Sequence[Any]) -> None:
-    sums = np.bincount(mixing.columns, weights=mixing.weights, minlength=n)
-    off = np.flatnonzero(np.abs(sums - 1.0) > _SUM_TOLERANCE)
-    if off.size:
-        worker, (to, frm) = int(off[0]), found
-        received, sent = int((to == worker).sum()), int((frm == worker).sum())
-        degree = f"degree {received}" if received == sent else f"in-degree {received} and out-degree {sent}"
-        raise ValueError(
-            f"weights='uniform' is doubly stochastic only on regular graphs: {_label(worker, nodes)} with {degree} "
-            f"would count {sums[worker]:.6g} times in the mean instead of once; use weights='metropolis'"
-        )
-
-
-def _label(worker: int, nodes: Sequence[Any]) -> str:
-    return f"worker {worker}" if nodes[worker] == worker else f"worker {worker} (node {nodes[worker]!r})"

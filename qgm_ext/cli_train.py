@@ -211,7 +211,7 @@ def train(
         # Without a folder workers in processes of their own have nothing to keep, and so no need to end together.
         alone = processes == 1
         stopping = stop_on_signal(once=alone) if alone or folder is not None else contextlib.nullcontext(Stop())
-        with _run_errors(folder), stopping as stop, traced or contextlib.nullcontext(lambda: None) as after_step:
+        with _run_errors(folder, alone), stopping as stop, traced or contextlib.nullcontext(lambda: None) as after_step:
             _announce(console, training)
             result = _run(console, training, stop, after_step)
         console.quiet = not training.speaks
@@ -319,9 +319,14 @@ def _say_interrupted(training: Training, folder: Path | None, number: int, alone
     else:
         typer.echo(
             f"qgm: stopped by {name} at step {training.step} of {training.num_steps}, checkpoint written; "
-            f"continue with: {'qgm' if alone else 'torchrun ... -m qgm_ext'} train --resume {shlex.quote(str(folder))}",
+            f"continue with: {_resuming(folder, alone)}",
             err=True,
         )
+
+
+def _resuming(folder: Path, alone: bool) -> str:
+    """The command that goes on with a run."""
+    return f"{'qgm' if alone else 'torchrun ... -m qgm_ext'} train --resume {shlex.quote(str(folder))}"
 
 
 def _show_result(console: Console, result: Result) -> None:
@@ -351,18 +356,14 @@ def _show_result(console: Console, result: Result) -> None:
 
 
 @contextlib.contextmanager
-def _run_errors(folder: Path | None) -> Iterator[None]:
+def _run_errors(folder: Path | None, alone: bool) -> Iterator[None]:
     """What can go wrong in the middle of a run, as one line; all else is our mistake, and shows its traceback."""
     try:
         yield
     except NonFiniteGradientError as error:
         fail(f"{error}; a smaller --lr or --clip may help", EXIT_FAILED)
     except (OSError, PeerLostError) as error:
-        hint = (
-            ""
-            if folder is None
-            else f"; when that is put right, continue with: qgm train --resume {shlex.quote(str(folder))}"
-        )
+        hint = "" if folder is None else f"; when that is put right, continue with: {_resuming(folder, alone)}"
         fail(f"{told(error)}{hint}", EXIT_FAILED)
     except KeyboardInterrupt:
         fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)

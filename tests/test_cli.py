@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import qgm_ext
 from cli_runs import SMALL, fails, qgm
+from qgm_ext import cli_train
 from qgm_ext.cli import _COMMANDS
+from qgm_ext.distributed import PeerLostError
 from qgm_ext.experiments import runfolder
 
 
@@ -289,6 +292,13 @@ def test_a_full_disk_is_exit_code_1_and_says_how_to_go_on(monkeypatch, tmp_path)
     assert last.startswith("qgm: [Errno 28] No space left on device")
     assert last.endswith(f"continue with: qgm train --resume {tmp_path}")
     assert qgm("train", "--resume", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize(("alone", "command"), [(True, "qgm"), (False, "torchrun ... -m qgm_ext")])
+def test_a_run_that_an_error_ended_goes_on_as_it_was_started(alone, command, capsys):
+    with pytest.raises(typer.Exit), cli_train._run_errors(Path("my run"), alone):
+        raise PeerLostError("rank 1 of 2 is lost", 1)
+    assert capsys.readouterr().err.strip().endswith(f"continue with: {command} train --resume 'my run'")
 
 
 @pytest.mark.parametrize(

@@ -267,15 +267,17 @@ class Line(nn.Module):
 
 
 def meet_without_one(rank: int, store: str, how: str) -> None:
-    """Four workers, of whom rank 2 is gone after two steps, when the others meet all together."""
+    """Four workers, of whom rank 2 is gone after two steps, or before, when the others meet all together."""
     with process_group(rank, 4, store):
-        if how == "maximum":
-            worker = ProcessWorker(Line(), topology.ring(4), "dsgd", lr=0.1)
-        else:
-            p = nn.Parameter(torch.zeros(3))
-            opt = QGSGD([p], lr=0.1, topology=topology.ring(4), on_nonfinite="skip", timeout=4.0)
-            p.grad = torch.ones(3)
+        if rank == 2 and how == "start":
+            os.kill(os.getpid(), signal.SIGKILL)
         try:
+            if how == "maximum":
+                worker = ProcessWorker(Line(), topology.ring(4), "dsgd", lr=0.1)
+            else:
+                p = nn.Parameter(torch.zeros(3))
+                opt = QGSGD([p], lr=0.1, topology=topology.ring(4), on_nonfinite="skip", timeout=4.0)
+                p.grad = torch.ones(3)
             for step in range(4):
                 if rank == 2 and step == 2:
                     if how == "silent":
@@ -291,7 +293,7 @@ def meet_without_one(rank: int, store: str, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["dead", "silent", "maximum"])
+@pytest.mark.parametrize("how", ["start", "dead", "silent", "maximum"])
 def test_a_worker_that_is_missed_where_all_meet_is_named(tmp_path: Path, how: str) -> None:
     store = str(tmp_path / "store")
     processes = Processes(meet_without_one, 4, store, how, log=store, preload=PRELOAD)

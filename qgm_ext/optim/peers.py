@@ -159,6 +159,7 @@ class Peers:
 
         Raises:
             ValueError: if workers disagree, or an algorithm does not fit the topology.
+            PeerLostError: if a worker is gone.
         """
         exchange = self.exchange
         rows = torch.zeros(self.num_workers, 1)
@@ -171,13 +172,14 @@ class Peers:
                 "topology": {"name": self.topology.name, "fingerprint": self.topology.fingerprint},
                 **{f"option {name}": value for name, value in dataclasses.asdict(self.options).items()},
             }
-            check_agreement(exchange.group, about | dict(fields), exchange.device)
-            if self.options.broadcast_parameters:
-                self._broadcast(params)
-            else:
-                digests = gather_json(exchange.group, digest(params), exchange.device)
-                # What algorithms ask of x is which rows are equal; the digests say that.
-                rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
+            with exchange.collective():
+                check_agreement(exchange.group, about | dict(fields), exchange.device)
+                if self.options.broadcast_parameters:
+                    self._broadcast(params)
+                else:
+                    digests = gather_json(exchange.group, digest(params), exchange.device)
+                    # What algorithms ask of x is which rows are equal; the digests say that.
+                    rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
         messages.make(self.options.message, algorithms)
         for algorithm in algorithms:
             algorithm.check(self.topology, rows)

@@ -14,6 +14,8 @@ COMPILER = os.environ.get("CXX", "g++")
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp"]
 THREAD = ["-fsanitize=thread", "-DQGM_STD_THREADS"]
 
+# Most of it is the compiler's: four minutes for all rules on slow cores, more where others share them.
+pytestmark = pytest.mark.timeout(1200)
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler: {COMPILER} not on PATH")
 
 

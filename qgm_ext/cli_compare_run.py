@@ -5,7 +5,6 @@ Nothing is computed here: see :mod:`qgm_ext.experiments.comparison`, ``compare``
 
 from __future__ import annotations
 
-import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -59,7 +58,7 @@ def compare(
         if download:
             _fetch_data(plan)
         _announce(console, plan)
-    again = f"qgm compare --resume {shlex.quote(str(folder))}"
+    again = outcomes.resume_command(folder)
     with user_errors(), stop_on_signal() as stop:
         begin = time.perf_counter()
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -149,15 +149,20 @@ def restart(rank: int, cases: list[Case]) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:ccl with momentum")
-def test_a_restart_goes_on_to_the_same_bits(pool: ProcessPool) -> None:
+def check_against_simulator(pool: ProcessPool, train: Callable[[int, list[Case]], list[list[Tensor]]]) -> None:
+    """Every method, trained by three workers, has the bits of the Simulator."""
     n = 3
     wanted: list[Case] = [(name, graphs_of(name)[-1], n, torch.float32, {}) for name in NAMES]
-    results = pool.run(restart, n, wanted)
+    results = pool.run(train, n, wanted)
     for k, case in enumerate(wanted):
         sim, _ = simulate(case)
         for rank in range(n):
             assert_same(results[rank][k], sim.models[rank], f"{case}, rank {rank}")
+
+
+@pytest.mark.filterwarnings("ignore:ccl with momentum")
+def test_a_restart_goes_on_to_the_same_bits(pool: ProcessPool) -> None:
+    check_against_simulator(pool, restart)
 
 
 def elsewhere_in_memory(p: Tensor) -> Tensor:
@@ -193,13 +198,7 @@ def rebind_alone(rank: int, cases: list[Case]) -> list[list[Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:ccl with momentum")
 def test_one_worker_alone_may_put_its_parameters_elsewhere(pool: ProcessPool) -> None:
-    n = 3
-    wanted: list[Case] = [(name, graphs_of(name)[-1], n, torch.float32, {}) for name in NAMES]
-    results = pool.run(rebind_alone, n, wanted)
-    for k, case in enumerate(wanted):
-        sim, _ = simulate(case)
-        for rank in range(n):
-            assert_same(results[rank][k], sim.models[rank], f"{case}, rank {rank}")
+    check_against_simulator(pool, rebind_alone)
 
 
 def start_apart(rank: int, cases: list[Case]) -> list[list[Tensor]]:

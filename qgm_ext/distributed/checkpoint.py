@@ -33,7 +33,7 @@ from torch.distributed import checkpoint as _torch_checkpoint
 
 from qgm_ext.distributed.agreement import collective_device, gather_json
 from qgm_ext.distributed.takeover import Sources, State, checksum, choose, hand_over
-from qgm_ext.files import write_atomically
+from qgm_ext.files import sync_folder, write_atomically
 from qgm_ext.optim import DecentralizedOptimizer
 from qgm_ext.optim.entries import with_numbers
 
@@ -131,7 +131,7 @@ def save(
         shutil.rmtree(target)
     os.rename(temporary, target)
     for parent in (target.parent, root):
-        _sync(parent)
+        sync_folder(parent)
     start = _started(root, rank, size)
     lost = sorted(optimizer.lost_workers) if isinstance(optimizer, DecentralizedOptimizer) else []
     now: dict[str, Any] = {"start": "" if start is None else start["start"], "saved": True, "lost": lost}
@@ -406,14 +406,6 @@ def _remove(root: Path, step: int, rank: int, size: int) -> None:
     shutil.rmtree(root / f"step-{step:08d}" / f"worker-{rank}-of-{size}", ignore_errors=True)
     with contextlib.suppress(OSError):  # others are still in it, or it is gone
         (root / f"step-{step:08d}").rmdir()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Content --------------------------------------------------------------------------------------------------------------

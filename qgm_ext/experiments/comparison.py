@@ -226,9 +226,10 @@ class Comparison:
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"two methods have the label {label!r}; give one of them another label")
+        of_any = {name for method in self.methods for name in _hyper_names(method.algorithm)}
         for name in self.hyper:
-            if not any(_has(method.algorithm, name) for method in self.methods):
-                hint = did_you_mean(name, set().union(*(_hyper_names(method.algorithm) for method in self.methods)))
+            if name not in of_any:
+                hint = did_you_mean(name, of_any)
                 raise ValueError(
                     f"[hyper] {name}: none of the algorithms has a hyper-parameter of this name{hint and f', {hint}'}"
                 )
@@ -315,7 +316,8 @@ class Comparison:
     def config(self, cell: Cell, lr: float, seed: int, threads: int = 1) -> TrainConfig:
         """The training run of a cell with one step size and seed."""
         method = cell.method
-        hyper = {name: value for name, value in self.hyper.items() if _has(method.algorithm, name)}
+        known = _hyper_names(method.algorithm)
+        hyper = {name: value for name, value in self.hyper.items() if name in known}
         decided: dict[str, Any] = {
             "algorithm": method.algorithm,
             "hyper": {**hyper, **method.hyper},
@@ -397,10 +399,6 @@ def _fitting(method: Method, name: str, workers: int) -> str:
 
 def _letters(label: str) -> str:
     return label.casefold().translate({ord(c): None for c in " -_"})
-
-
-def _has(algorithm: str, name: str) -> bool:
-    return name in _hyper_names(algorithm)
 
 
 def _hyper_names(algorithm: str) -> set[str]:

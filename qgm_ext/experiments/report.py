@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +67,7 @@ def write(folder: Path, out: Path | None = None) -> Path:
     found = results.load(folder)
     if all(run.status == "unfinished" for run in found.runs.values()):
         raise ValueError(
-            f"no run of the comparison in {folder} is done yet; continue with: qgm compare --resume "
-            f"{shlex.quote(str(folder))}"
+            f"no run of the comparison in {folder} is done yet; continue with: {results.resume_command(folder)}"
         )
     target = folder / "report" if out is None else out
     target.mkdir(parents=True, exist_ok=True)

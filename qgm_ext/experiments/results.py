@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,19 @@ from qgm_ext.experiments.comparison import Cell, Comparison, Published, run_name
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.files import write_atomically
 
-__all__ = ["COMPARISON", "CSV", "RUNS", "Paired", "Results", "Run", "Score", "load", "paired_test", "read_run"]
+__all__ = [
+    "COMPARISON",
+    "CSV",
+    "RUNS",
+    "Paired",
+    "Results",
+    "Run",
+    "Score",
+    "load",
+    "paired_test",
+    "read_run",
+    "resume_command",
+]
 
 COMPARISON = "comparison.json"
 CSV = "results.csv"
@@ -312,6 +325,16 @@ class Results:
         """Write results.csv into the folder, atomically."""
         content = self.csv().encode()
         write_atomically(self.folder / CSV, lambda file: file.write(content))
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with the comparison in a folder, quoted for the shell.
+
+    Example:
+        >>> resume_command(Path("my runs"))
+        "qgm compare --resume 'my runs'"
+    """
+    return f"qgm compare --resume {shlex.quote(str(folder))}"
 
 
 def load(folder: Path) -> Results:

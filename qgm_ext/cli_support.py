@@ -36,6 +36,7 @@ __all__ = [
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _PIPE_WIDTH = 110
 _FOR_ANOTHER = timedelta(seconds=10)
+_FOR_ALL = timedelta(seconds=300)
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, or that of typer's own copy of click
 _stores: list[Any] = []  # where this worker has met the others, if there are any
 
@@ -93,6 +94,9 @@ def process_group() -> Iterator[int]:
     """Join the other processes if torchrun started several; gives their number, 1 without torchrun.
 
     Where all of them are on this machine they listen on the loopback interface, unless GLOO_SOCKET_IFNAME names one.
+
+    Raises:
+        PeerLostError: if one does not come.
     """
     if not _has_others():
         yield 1
@@ -102,6 +106,7 @@ def process_group() -> Iterator[int]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, rank, size = _meet()
+    _await_all(store, rank, size)
     _join(store, rank, size)
     try:
         yield size
@@ -123,6 +128,23 @@ def _meet(**more: Any) -> tuple[Any, int, int]:
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     _stores.append(store)
     return store, rank, size
+
+
+def _await_all(store: Any, rank: int, size: int) -> None:
+    """Wait until all workers are there, and name those that don't come; torch would wait longer, and name none."""
+    from qgm_ext.distributed import PeerLostError
+
+    keys = [f"here/{other}" for other in range(size)]
+    try:
+        store.set(keys[rank], "")
+        with contextlib.suppress(RuntimeError):
+            store.wait(keys, _FOR_ALL)
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError as error:
+        raise PeerLostError(f"the store at which the workers meet is gone, with its host ({error})", 0) from error
+    if missing:
+        who = f"rank {', '.join(map(str, missing))} of {size}"
+        raise PeerLostError(f"{who} did not come within {_FOR_ALL.total_seconds():g} s", missing[0])
 
 
 def _join(store: Any, rank: int, size: int) -> None:
@@ -172,10 +194,13 @@ def user_errors() -> Iterator[None]:
         fail("stopped", 128 + signal.SIGINT)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Say in one line what is wrong, and end. Of several workers on a machine that want to say the same, one does."""
+def fail(message: str, code: int, about: str = "") -> NoReturn:
+    """Say in one line what is wrong, and end.
+
+    Of several workers on a machine that want to say the same, or something about the same, one does.
+    """
     line = f"qgm: {' '.join(message.split())}"
-    with _first_to_say(line) as first:
+    with _first_to_say(about or line) as first:
         if first:
             typer.echo(line, err=True)
     raise typer.Exit(code)

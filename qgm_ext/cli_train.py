@@ -158,7 +158,7 @@ def train(
     how: dict[str, Any] = {"checkpoint_seconds": checkpoint_seconds, "on_peer_loss": on_peer_loss}
     console = make_console()
     with contextlib.ExitStack() as stack:
-        with user_errors():
+        with user_errors(), _loss_errors():
             processes = stack.enter_context(process_group())  # first, so that one of them tells what is wrong for all
             if processes > 1:
                 _check_alike(arguments)
@@ -356,14 +356,24 @@ def _show_result(console: Console, result: Result) -> None:
 
 
 @contextlib.contextmanager
-def _run_errors(folder: Path | None, alone: bool) -> Iterator[None]:
-    """What can go wrong in the middle of a run, as one line; all else is our mistake, and shows its traceback."""
+def _loss_errors(hint: str = "") -> Iterator[None]:
+    """A lost worker as one line of one of the others, who have each seen the loss in a way of their own."""
     try:
         yield
+    except PeerLostError as error:
+        fail(f"{error}{hint}", EXIT_FAILED, about=f"rank {error.peer} is lost")
+
+
+@contextlib.contextmanager
+def _run_errors(folder: Path | None, alone: bool) -> Iterator[None]:
+    """What can go wrong in the middle of a run, as one line; all else is our mistake, and shows its traceback."""
+    hint = "" if folder is None else f"; when that is put right, continue with: {_resuming(folder, alone)}"
+    try:
+        with _loss_errors(hint):
+            yield
     except NonFiniteGradientError as error:
         fail(f"{error}; a smaller --lr or --clip may help", EXIT_FAILED)
-    except (OSError, PeerLostError) as error:
-        hint = "" if folder is None else f"; when that is put right, continue with: {_resuming(folder, alone)}"
+    except OSError as error:
         fail(f"{told(error)}{hint}", EXIT_FAILED)
     except KeyboardInterrupt:
         fail("stopped at once, without a checkpoint", 128 + signal.SIGINT)

@@ -10,11 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import FileStore, TCPStore
 
+from qgm_ext import cli_support
+from qgm_ext.distributed import PeerLostError
 from qgm_ext.experiments.config import TrainConfig
 from qgm_ext.experiments.train import run
 
@@ -163,6 +167,25 @@ def test_the_command_for_two_machines_trains_as_one_process(tmp_path: Path) -> N
     assert [code for code, _, _ in said] == [0, 0], "\n".join(errors[-3000:] for _, _, errors in said)
     assert sorted(output.count("Result on the test set") for _, output, _ in said) == [0, 1]
     check_as_one_process(tmp_path / "run")
+
+
+def test_workers_that_do_not_come_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_support, "_FOR_ALL", timedelta(seconds=0.2))
+    store = FileStore(str(tmp_path / "store"), 4)
+    store.set("here/1", "")
+    with pytest.raises(PeerLostError, match=r"^rank 0, 3 of 4 did not come within 0.2 s$"):
+        cli_support._await_all(store, 2, 4)
+    for rank in (0, 3):
+        store.set(f"here/{rank}", "")
+    cli_support._await_all(store, 2, 4)
+
+
+def test_a_store_that_is_gone_is_told() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=2))
+    client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2))
+    del server
+    with pytest.raises(PeerLostError, match=r"^the store at which the workers meet is gone"):
+        cli_support._await_all(client, 1, 2)
 
 
 @pytest.mark.slow

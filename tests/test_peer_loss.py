@@ -10,12 +10,14 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from process_pool import Processes, process_group
@@ -23,6 +25,7 @@ from qgm_ext import StackedOptimizer, topology
 from qgm_ext.distributed import PeerLostError, checkpoint
 from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.process_worker import ProcessWorker
+from qgm_ext.experiments.worker_files import by_first
 from qgm_ext.mixing import Mixing
 from qgm_ext.optim import QGSGD, Decentralized
 
@@ -266,34 +269,54 @@ class Line(nn.Module):
         return x @ self.weight
 
 
+def meet(how: str, store: str, rank: int) -> Callable[[], object]:
+    """A way in which all workers meet."""
+    if how == "maximum":
+        worker = ProcessWorker(Line(), topology.ring(4), "dsgd", lr=0.1)
+        return lambda: worker.maximum(torch.tensor([rank]))
+    if how == "first":
+        return lambda: by_first(lambda: "")
+    model = Line()
+    opt = QGSGD(model.parameters(), lr=0.1, topology=topology.ring(4), on_nonfinite="skip", timeout=4.0)
+    if how == "average":
+        return lambda: checkpoint.consensus_model(model)
+    if how in ("load", "hand over"):
+        folder = f"{store}-checkpoints"
+        checkpoint.save(folder, model, opt, 0)
+        dist.barrier()
+        folder += "" if rank == 2 else "-lost"  # so that rank 2 sends their states to the others
+        return lambda: checkpoint.load(folder, model, opt)
+    model.weight.grad = torch.ones(3)
+    return opt.step
+
+
+def die(*_: object) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def meet_without_one(rank: int, store: str, how: str) -> None:
     """Four workers, of whom rank 2 is gone after two steps, or before, when the others meet all together."""
     with process_group(rank, 4, store):
         if rank == 2 and how == "start":
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         try:
-            if how == "maximum":
-                worker = ProcessWorker(Line(), topology.ring(4), "dsgd", lr=0.1)
-            else:
-                p = nn.Parameter(torch.zeros(3))
-                opt = QGSGD([p], lr=0.1, topology=topology.ring(4), on_nonfinite="skip", timeout=4.0)
-                p.grad = torch.ones(3)
+            meeting = meet(how, store, rank)
             for step in range(4):
                 if rank == 2 and step == 2:
                     if how == "silent":
                         time.sleep(15.0)
                         return
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if how == "maximum":
-                    worker.maximum(torch.tensor([rank]))
-                else:
-                    opt.step()
+                    if how == "hand over":
+                        checkpoint._read = die
+                    else:
+                        die()
+                meeting()
         except PeerLostError as error:
             Path(f"{store}-{rank}").write_text(f"{error.peer} {error}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["start", "dead", "silent", "maximum"])
+@pytest.mark.parametrize("how", ["start", "dead", "silent", "maximum", "first", "average", "load", "hand over"])
 def test_a_worker_that_is_missed_where_all_meet_is_named(tmp_path: Path, how: str) -> None:
     store = str(tmp_path / "store")
     processes = Processes(meet_without_one, 4, store, how, log=store, preload=PRELOAD)

@@ -12,6 +12,7 @@ worker's own: ``optim.CrossGradient(model, "ngc", topology=..., lr=...)``, ``opt
 - :mod:`~qgm_ext.distributed.options`: :class:`RuntimeOptions`, the keyword arguments of these optimizers;
 - :mod:`~qgm_ext.distributed.agreement`: what all workers must agree on at the start;
 - :mod:`~qgm_ext.distributed.exchange`: messages, their headers, time limits, and the errors that name a peer;
+  :mod:`~qgm_ext.distributed.peer_loss`, which worker it is that was lost;
 - :mod:`~qgm_ext.distributed.communication`: bytes and seconds of steps, ``opt.communication``;
 - :mod:`~qgm_ext.distributed.engine`: the passes of an algorithm for one worker, on flat vectors, and
   :mod:`~qgm_ext.distributed.gossip`, those over a mixing matrix, bucket by bucket;
@@ -35,8 +36,9 @@ Bits are those of the worker's row in :class:`qgm_ext.StackedOptimizer` and :cla
 
 from qgm_ext.distributed.agreement import DisagreementError
 from qgm_ext.distributed.communication import Communication
-from qgm_ext.distributed.exchange import MessageError, PeerLostError
+from qgm_ext.distributed.exchange import MessageError
 from qgm_ext.distributed.options import RuntimeOptions
+from qgm_ext.distributed.peer_loss import PeerLostError
 from qgm_ext.distributed.timeline import trace
 
 __all__ = ["Communication", "DisagreementError", "MessageError", "PeerLostError", "RuntimeOptions", "trace"]

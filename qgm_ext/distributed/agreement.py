@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgm_ext.distributed.peer_loss import meeting
+
 __all__ = [
     "DisagreementError",
     "as_bytes",
@@ -43,6 +45,7 @@ def gather_json(group: dist.ProcessGroup | None, content: Any, device: torch.dev
 
     Raises:
         ValueError: if a worker sends something else; its rank is named.
+        PeerLostError: if a worker is gone.
     """
     found = []
     text = json.dumps(content).encode()
@@ -75,10 +78,12 @@ def gather_bytes(
 
     Raises:
         ValueError: if a worker announces no bytes or more than ``largest``; its rank is named.
+        PeerLostError: if a worker is gone.
     """
     size = dist.get_world_size(group)
     announced = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
-    dist.all_gather(announced, torch.tensor([len(mine)], dtype=torch.int64, device=device), group=group)
+    with meeting(group):
+        dist.all_gather(announced, torch.tensor([len(mine)], dtype=torch.int64, device=device), group=group)
     lengths = [int(length) for length in announced]
     for rank, length in enumerate(lengths):
         if length <= 0 or (largest is not None and length > largest):
@@ -87,10 +92,11 @@ def gather_bytes(
     padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
     receives = not only_first or dist.get_rank(group) == 0
     rows = [torch.empty_like(padded) for _ in range(size)] if receives else []
-    if only_first:
-        dist.gather(padded, rows or None, 0 if group is None else dist.get_global_rank(group, 0), group=group)
-    else:
-        dist.all_gather(rows, padded, group=group)
+    with meeting(group):
+        if only_first:
+            dist.gather(padded, rows or None, 0 if group is None else dist.get_global_rank(group, 0), group=group)
+        else:
+            dist.all_gather(rows, padded, group=group)
     return [bytes(row[:length].cpu().numpy()) for row, length in zip(rows, lengths, strict=False)]
 
 
@@ -104,6 +110,7 @@ def check_agreement(group: dist.ProcessGroup | None, fields: Mapping[str, Any], 
 
     Raises:
         DisagreementError: on every worker, if one differs; it names the rank, the field and both values.
+        PeerLostError: if a worker is gone.
     """
     said = gather_json(group, dict(fields), device)
     first = said[0] if isinstance(said[0], dict) else {}

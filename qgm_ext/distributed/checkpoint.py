@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as _torch_checkpoint
 
 from qgm_ext.distributed.agreement import collective_device, gather_json
+from qgm_ext.distributed.peer_loss import meeting
 from qgm_ext.distributed.takeover import Sources, State, checksum, choose, hand_over
 from qgm_ext.files import sync_folder, write_atomically
 from qgm_ext.optim import DecentralizedOptimizer
@@ -173,6 +174,7 @@ def load(
     Raises:
         ValueError: if a checkpoint is damaged or does not fit the model or the optimizer, or a worker's state is lost
             and the algorithm can't go on with another's; it is named.
+        PeerLostError: if a worker is gone.
         OSError: if the folder can't be written to.
     """
     rank, size = _place(group)
@@ -180,8 +182,10 @@ def load(
     device = _device(group)
     saved = _saved(root)
     begun = _started(root, rank, size)
+    others = [(step, n) for step, found in saved.items() for n, ranks in found.items() if len(ranks) == n != size]
     said: dict[str, Any] = {
         "seen": [[step, sorted(workers[size])] for step, workers in saved.items() if size in workers],
+        "of_others": [step for step, _ in others],
         "unsaved": begun is not None and not begun["saved"],
         "lost": [] if begun is None else begun.get("lost", []),
         "start": secrets.token_hex(8),
@@ -195,13 +199,12 @@ def load(
     )
     _write_start(root, rank, size, {"start": every[0]["start"], "saved": sources is not None})
     # An odd one out: a whole step of another number of workers, if it is newer, or the only one.
-    others = [(step, n) for step, found in saved.items() for n, ranks in found.items() if len(ranks) == n != size]
-    other = _in_all([step for step, _ in others], group)
-    if sources is not None and (not other or sources.step >= other[-1]):
+    other = set.intersection(*(set(one["of_others"]) for one in every))
+    if sources is not None and sources.step >= max(other, default=0):
         return _take_up(root, model, optimizer, sources, group)
     if not other:
         return None
-    step = other[-1]
+    step = max(other)
     n = max(n for found, n in others if found == step)
     paths = [root / f"step-{step:08d}" / f"worker-{i}-of-{n}" for i in range(n)]
     average, extra = _average(paths)
@@ -270,13 +273,16 @@ def consensus_model(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     Args:
         model: this worker's.
         group: the workers; None for the default group.
+
+    Raises:
+        PeerLostError: if a worker is gone.
     """
     average = copy.deepcopy(model)
     _, size = _place(group)
     if size == 1:
         return average
     root = 0 if group is None else dist.get_global_rank(group, 0)
-    with torch.no_grad():
+    with torch.no_grad(), meeting(group):
         for tensor in average.state_dict().values():
             if not isinstance(tensor, Tensor):
                 continue
@@ -346,21 +352,6 @@ def _saved(root: Path) -> dict[int, dict[int, set[int]]]:
             if worker is not None:
                 found.setdefault(int(match[1]), {}).setdefault(int(worker[2]), set()).add(int(worker[1]))
     return dict(sorted(found.items()))
-
-
-def _in_all(steps: list[int], group: dist.ProcessGroup | None) -> list[int]:
-    """The steps that every worker names, ascending."""
-    _, size = _place(group)
-    if size == 1:
-        return sorted(steps)
-    device = _device(group)
-    count = torch.tensor([len(steps)], device=device)
-    dist.all_reduce(count, dist.ReduceOp.MAX, group=group)
-    mine = torch.full((int(count),), -1, dtype=torch.int64, device=device)
-    mine[: len(steps)] = torch.tensor(steps, dtype=torch.int64)
-    every = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(every, mine, group=group)
-    return sorted(set.intersection(*(set(some.tolist()) for some in every)) - {-1})
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:

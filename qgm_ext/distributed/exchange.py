@@ -9,9 +9,8 @@ is part of the tag: such a message is never taken, and its sender is named when 
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,30 +18,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from qgm_ext.distributed.agreement import collective_device
+from qgm_ext.distributed.peer_loss import PROBE_TAG, PeerLostError, broken_peer, first_lost, reason
 from qgm_ext.distributed.timeline import span
 
-__all__ = ["Exchange", "Message", "MessageError", "PeerLostError", "Stamp"]
+__all__ = ["Exchange", "Message", "MessageError", "Stamp"]
 
 _HEADER = 64  # bytes, so that the vectors behind it are aligned
 _MAGIC = 0x716D_675F_6578_7431
-_TAGS = 1 << 30
-_LOST_KEY = "qgm_ext/waits_in_vain"
-_GRACE = timedelta(seconds=2)  # for a worker to tell that it, too, waits in vain
-
-
-class PeerLostError(RuntimeError):
-    """A worker does not answer any more.
-
-    Attributes:
-        peer: its rank in the group.
-    """
-
-    def __init__(self, message: str, peer: int) -> None:
-        super().__init__(message)
-        self.peer = peer
 
 
 class MessageError(RuntimeError):
@@ -166,7 +150,7 @@ class Exchange:
 
     def tag(self, bucket: int, message: Message) -> int:
         """The tag of a message of a bucket; its length is part of it."""
-        return (bucket * 1_000_003 + message.size) % _TAGS
+        return (bucket * 1_000_003 + message.size) % PROBE_TAG
 
     def batch(
         self, sends: Sequence[tuple[int, Message]], receives: Sequence[tuple[int, Message]], bucket: int
@@ -200,7 +184,7 @@ class Exchange:
                 works = dist.batch_isend_irecv(batch.operations) if batch.operations else []
         except RuntimeError as error:
             peers = [peer for peer, _, _ in batch.messages]
-            raise self.lost(self._broken_peer(peers, batch.messages[0][1].buffer), stamp, error) from error
+            raise self.lost(broken_peer(self.group, peers), stamp, error) from error
         if len(works) != len(batch.messages):  # a backend that joins the batch into one
             works = [works[0]] * len(batch.messages)
         return [
@@ -236,78 +220,25 @@ class Exchange:
                 self.bytes_received += message.buffer.numel()
         self.seconds += time.perf_counter() - start
 
-    @contextlib.contextmanager
-    def collective(self) -> Iterator[None]:
-        """A context for a collective of all workers, whose errors say little more than that there was one.
-
-        Raises:
-            PeerLostError: instead of the error that the collective raises when it lacks a worker.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            others = [(self.rank + k) % self.size for k in range(1, self.size)]
-            first = self._first_lost(self._broken_peer(others, torch.empty(_HEADER, dtype=torch.uint8)))
-            raise PeerLostError(
-                f"rank {first} of {self.size} is lost, where all workers meet ({str(error).splitlines()[0]})", first
-            ) from error
-
     def wait_together(self, work: Any) -> None:
-        """Wait for a collective; in :meth:`collective`."""
+        """Wait for a collective; in :func:`qgm_ext.distributed.peer_loss.meeting`."""
         if self.backend == "gloo":
             work.wait(self._timeout)
         else:
             work.wait()
 
-    def _broken_peer(self, peers: Sequence[int], like: Tensor) -> int:
-        """To whom the connection is broken: the first of some with whom no message can be started.
-
-        If it is to none, the first of them: for whom this worker says that it waits, so that who says nothing is found.
-        """
-        for peer in peers:
-            try:
-                dist.irecv(torch.empty_like(like), self.global_rank(peer), group=self.group, tag=_TAGS)
-            except RuntimeError:
-                return peer
-        return peers[0]
-
     def lost(self, peer: int, stamp: Stamp, error: Exception) -> PeerLostError:
         """The error that names the worker that was lost first, as far as the survivors know."""
-        first = self._first_lost(peer)
-        reason = str(error).splitlines()[0]
-        if "Timed out" in reason:
+        first = first_lost(self.group, peer)
+        why = reason(error)
+        if "Timed out" in why:
             limit = f"{self._timeout.total_seconds():g} s"
             what = f"sent no message of bucket {stamp.bucket} of step {stamp.step} within {limit}"
         else:
             what = f"is gone: its connection broke in step {stamp.step}"
         if first != peer:
             return PeerLostError(
-                f"rank {first} of {self.size} is lost, and so rank {peer}, which waited for it, {what} ({reason})",
+                f"rank {first} of {self.size} is lost, and so rank {peer}, which waited for it, {what} ({why})",
                 first,
             )
-        return PeerLostError(f"rank {peer} of {self.size} {what} ({reason})", peer)
-
-    def _first_lost(self, peer: int) -> int:
-        """The worker that the others wait for, one waiting for the next: each tells, through the store they met at, for
-        whom it waits in vain, and who tells nothing is lost.
-        """
-        seen = {self.rank}
-        try:
-            store = distributed_c10d._get_default_store()
-            store.set(self._lost_key(self.rank), str(peer))
-            while peer not in seen:
-                seen.add(peer)
-                try:
-                    store.wait([self._lost_key(peer)], _GRACE)
-                except RuntimeError:  # in vain, too
-                    return peer
-                following = int(store.get(self._lost_key(peer)).decode())
-                if not 0 <= following < self.size:
-                    return peer
-                peer = following
-        except (RuntimeError, ValueError):  # the store may have died with its host; then what was seen must do
-            pass
-        return peer
-
-    def _lost_key(self, rank: int) -> str:
-        return f"{_LOST_KEY}/{self.name}/{rank}"
+        return PeerLostError(f"rank {peer} of {self.size} {what} ({why})", peer)

@@ -31,8 +31,9 @@ from torch.distributed import distributed_c10d
 from qgm_ext import ops
 from qgm_ext.algorithms import Pass, RelayPass
 from qgm_ext.distributed.engine import Place, Vectors, WorkerEngine
-from qgm_ext.distributed.exchange import Exchange, Message, MessageError, PeerLostError, Stamp
+from qgm_ext.distributed.exchange import Exchange, Message, MessageError, Stamp
 from qgm_ext.distributed.gossip import GossipPlan, Round, blocks_of
+from qgm_ext.distributed.peer_loss import PeerLostError
 from qgm_ext.distributed.roll import Excluded, GaveUp, Loss, Roll
 from qgm_ext.distributed.timeline import span
 from qgm_ext.distributed.waiter import Waiter

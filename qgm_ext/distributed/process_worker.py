@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from qgm_ext import algorithms, ops
 from qgm_ext.distributed.options import OnPeerLoss, RuntimeOptions
+from qgm_ext.distributed.peer_loss import meeting
 from qgm_ext.engines import BufferSnapshot
 from qgm_ext.evaluate import Evaluation, Samples, accuracy_and_loss, evaluation_mode
 from qgm_ext.flat import FlatLayout
@@ -178,7 +179,7 @@ class ProcessWorker:
         return found
 
     def _meeting(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._exchange is None else self._exchange.collective()
+        return contextlib.nullcontext() if self._exchange is None else meeting(self._exchange.group)
 
     def average_model(self) -> nn.Module | None:
         """On the lowest rank that is left a new module with the mean of the workers' parameters and that worker's

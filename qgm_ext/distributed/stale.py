@@ -30,8 +30,9 @@ import torch.distributed as dist
 from qgm_ext import ops
 from qgm_ext.algorithms import Pass, RelayPass
 from qgm_ext.distributed.engine import Place, Vectors, WorkerEngine
-from qgm_ext.distributed.exchange import Exchange, Message, MessageError, PeerLostError, Pending, Stamp
+from qgm_ext.distributed.exchange import Exchange, Message, MessageError, Pending, Stamp
 from qgm_ext.distributed.gossip import GossipPlan, blocks_of
+from qgm_ext.distributed.peer_loss import PeerLostError, meeting
 from qgm_ext.distributed.timeline import span
 from qgm_ext.distributed.waiter import Waiter
 from qgm_ext.topology import Topology
@@ -242,7 +243,8 @@ class StaleEngine(WorkerEngine):
         """
         if not self._number:
             mine = torch.tensor([next(_numbers)])
-            dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._peers.group)
+            with meeting(self._peers.group):
+                dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._peers.group)
             self._number = int(mine)
             while next(_numbers) < self._number:
                 pass

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qgm_ext.distributed.agreement import as_bytes
+from qgm_ext.distributed.peer_loss import meeting
 from qgm_ext.topology import Topology
 
 __all__ = ["Sources", "State", "checksum", "choose", "hand_over"]
@@ -117,6 +118,7 @@ def hand_over(
 
     Raises:
         ValueError: if it is damaged, or the rank that reads it can't, or sends something else; it is named.
+        PeerLostError: if a worker is gone.
     """
     rank = dist.get_rank(group) if len(sources.owners) > 1 else 0
     mine: State | None = None
@@ -150,30 +152,38 @@ def checksum(tensor: Tensor) -> int:
 
 def _send(state: State | None, receiver: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
     target = receiver if group is None else dist.get_global_rank(group, receiver)
+
+    def send(tensor: Tensor) -> None:
+        with meeting(group):
+            dist.send(tensor.to(device), target, group=group)
+
     content, tensors = state if state is not None else ({}, {})
     shapes = [[key, str(tensor.dtype), list(tensor.shape)] for key, tensor in tensors.items()]
     text = b"" if state is None else json.dumps([content, shapes]).encode()
-    dist.send(torch.tensor([len(text)], device=device), target, group=group)
+    send(torch.tensor([len(text)]))
     pieces = [torch.frombuffer(bytearray(text), dtype=torch.uint8)] if text else []
     pieces += [as_bytes(tensor) for tensor in tensors.values()]
     for flat in pieces:
         for begin in range(0, len(flat), _PIECE):
-            dist.send(flat[begin : begin + _PIECE].to(device), target, group=group)
+            send(flat[begin : begin + _PIECE])
 
 
 def _receive(owner: int, sender: int, group: dist.ProcessGroup | None, device: torch.device) -> State:
     source = sender if group is None else dist.get_global_rank(group, sender)
 
+    def receive(tensor: Tensor) -> Tensor:
+        with meeting(group):
+            dist.recv(tensor, source, group=group)
+        return tensor.cpu()
+
     def flat(size: int) -> Tensor:
         found = torch.empty(size, dtype=torch.uint8)
         for begin in range(0, size, _PIECE):
             piece = torch.empty(min(_PIECE, size - begin), dtype=torch.uint8, device=device)
-            dist.recv(piece, source, group=group)
-            found[begin : begin + _PIECE] = piece.cpu()
+            found[begin : begin + _PIECE] = receive(piece)
         return found
 
-    length = torch.empty(1, dtype=torch.int64, device=device)
-    dist.recv(length, source, group=group)
+    length = receive(torch.empty(1, dtype=torch.int64, device=device))
     if int(length) == 0:
         raise ValueError(f"rank {sender} can't read the checkpoint of worker {owner}; its own error says why")
     wrong = f"rank {sender} sent something else than the checkpoint of worker {owner}"

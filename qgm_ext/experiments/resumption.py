@@ -18,6 +18,7 @@ from torch import Tensor
 
 import qgm_ext
 from qgm_ext.distributed import checkpoint as checkpoints
+from qgm_ext.distributed.peer_loss import meeting
 from qgm_ext.distributed.process_worker import ProcessWorker
 from qgm_ext.experiments import config as configs
 from qgm_ext.experiments import runfolder
@@ -128,7 +129,8 @@ def restore_worker(own: WorkerFiles, out: Path, inputs: Inputs, recorder: Record
         step = loaded.step if config.steps else round(extra["epoch"] * inputs.batches.steps_per_epoch)
         # Of other numbers of workers nothing must be left, or it might be taken for newer than what comes.
         save_worker(own, inputs, recorder, step)
-        dist.barrier()
+        with meeting(None):
+            dist.barrier()
         checkpoints.discard_others(own.checkpoints, config.workers)
         return Point(step, None, f"{loaded.note}; the run goes on at step {step} of {inputs.num_steps}")
     if extra["config_digest"] != _digest(config):

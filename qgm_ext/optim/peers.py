@@ -27,6 +27,7 @@ from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.options import RuntimeOptions
+from qgm_ext.distributed.peer_loss import meeting
 from qgm_ext.distributed.stale import StaleEngine
 from qgm_ext.distributed.survivors import Survivors
 from qgm_ext.flat import FlatLayout
@@ -172,14 +173,13 @@ class Peers:
                 "topology": {"name": self.topology.name, "fingerprint": self.topology.fingerprint},
                 **{f"option {name}": value for name, value in dataclasses.asdict(self.options).items()},
             }
-            with exchange.collective():
-                check_agreement(exchange.group, about | dict(fields), exchange.device)
-                if self.options.broadcast_parameters:
-                    self._broadcast(params)
-                else:
-                    digests = gather_json(exchange.group, digest(params), exchange.device)
-                    # What algorithms ask of x is which rows are equal; the digests say that.
-                    rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
+            check_agreement(exchange.group, about | dict(fields), exchange.device)
+            if self.options.broadcast_parameters:
+                self._broadcast(params)
+            else:
+                digests = gather_json(exchange.group, digest(params), exchange.device)
+                # What algorithms ask of x is which rows are equal; the digests say that.
+                rows = torch.tensor([[float(digests.index(digest))] for digest in digests])
         messages.make(self.options.message, algorithms)
         for algorithm in algorithms:
             algorithm.check(self.topology, rows)
@@ -204,7 +204,7 @@ class Peers:
         if exchange is None or exchange.size == 1:
             return
         source = 0 if exchange.group is None else dist.get_global_rank(exchange.group, 0)
-        with torch.no_grad():
+        with torch.no_grad(), meeting(exchange.group):
             for p in params:
                 if p.numel() == 0:
                     continue
@@ -277,6 +277,6 @@ class Peers:
             return [] if finite else [0]
         mine = torch.tensor([int(not finite)], dtype=torch.int64, device=self.exchange.device)
         flags = [torch.empty_like(mine) for _ in range(self.num_workers)]
-        with self.exchange.collective():
+        with meeting(self.exchange.group):
             self.exchange.wait_together(dist.all_gather(flags, mine, group=self.exchange.group, async_op=True))
         return [rank for rank, flag in enumerate(flags) if int(flag)]

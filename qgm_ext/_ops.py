@@ -12,10 +12,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from qgm_ext.hints import did_you_mean
 
-__all__ = ["REDUCE_BLOCK", "Rule", "block_sums_shape", "compute_dtype", "has_native", "rules"]
+__all__ = [
+    "REDUCE_BLOCK",
+    "Prepared",
+    "Rule",
+    "block_sums_shape",
+    "compute_dtype",
+    "has_native",
+    "prepare_local_step",
+    "prepare_merge",
+    "rules",
+]
 
 # The codes of csrc/cpu/registry.h and csrc/mixing.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -162,8 +173,16 @@ def _check_disjoint(op: str, written: Sequence[tuple[str, Tensor]], read: Sequen
 
 
 def _check_counts(op: str, rule: Rule, state: Sequence[Tensor], hyper: Sequence[float]) -> None:
+    _check_states(op, rule, state)
+    _check_hyper(op, rule, hyper)
+
+
+def _check_states(op: str, rule: Rule, state: Sequence[Tensor]) -> None:
     if len(state) != rule.states:
         raise ValueError(f"{op}: rule {rule.name!r} takes {rule.states} state vectors, got {len(state)}")
+
+
+def _check_hyper(op: str, rule: Rule, hyper: Sequence[float]) -> None:
     if len(hyper) != rule.hyper:
         raise ValueError(f"{op}: rule {rule.name!r} takes {rule.hyper} hyper-parameters, got {len(hyper)}")
 
@@ -312,19 +331,47 @@ def _relay_step(
     )
 
 
-def _local_step(
-    x: Tensor,
-    g: Tensor,
-    state: list[Tensor],
-    messages: list[Tensor],
-    rule: str,
-    hyper: list[float],
-    row_scalars: Tensor | None = None,
-) -> None:
+class Prepared:
+    """A half of a step on tensors that have been checked, which it keeps; they must stay where they are in memory."""
+
+    def __init__(self, op: str, rule: Rule, x: Tensor, others: Sequence[Tensor], fixed: tuple[Any, ...]) -> None:
+        self._op, self._rule, self._x, self._others, self._fixed = op, rule, x, others, fixed
+        self._kernel = getattr(_native(x.device.type), op.removesuffix("_"))
+        self._merges = op == "merge_"
+
+    def __call__(self, hyper: list[float], row_scalars: Tensor | None = None, block_sums: Tensor | None = None) -> None:
+        """Take it with the rule's numbers, as in :func:`qgm_ext.ops.local_step_` and :func:`qgm_ext.ops.merge_`.
+
+        Raises:
+            ValueError: if these don't fit.
+        """
+        if profiler._is_profiler_enabled:  # which knows by itself only of what torch dispatches
+            with profiler.record_function(f"qgm_ext::{self._op}"):
+                self.run(hyper, row_scalars, block_sums)
+        else:
+            self.run(hyper, row_scalars, block_sums)
+
+    def run(self, hyper: list[float], row_scalars: Tensor | None, block_sums: Tensor | None) -> None:
+        """The same without a label for the profiler."""
+        op, rule, x = self._op, self._rule, self._x
+        _check_hyper(op, rule, hyper)
+        numbers = [_row_scalars(op, rule, row_scalars, x)]
+        if self._merges:
+            numbers.append(_block_sums(op, rule, block_sums, x))
+        self._kernel(*self._fixed, hyper, *numbers, *_launch(x.device))
+
+
+def prepare_local_step(x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str) -> Prepared:
+    """:func:`qgm_ext.ops.local_step_` of these tensors, to be taken again and again.
+
+    Torch's dispatcher and the checks take several times as long as the kernel does with a few thousand numbers.
+
+    Args, Raises: as there.
+    """
     op, device = "local_step_", x.device
     _check_x(op, x, 1)
     known = _rule(op, device.type, rule)
-    _check_counts(op, known, state, hyper)
+    _check_states(op, known, state)
     if len(messages) != known.messages:
         raise ValueError(f"{op}: rule {rule!r} makes {known.messages} messages, got {len(messages)} to write")
     compute = compute_dtype(x.dtype)
@@ -336,18 +383,46 @@ def _local_step(
     for name, vector in written:
         _check_like(op, name, vector, x.shape, compute, device)
     _check_disjoint(op, written, [("x", x), ("g", g)])
-    _native(device.type).local_step(
-        known.code,
-        _DTYPES[x.dtype],
-        x.data_ptr(),
-        g.data_ptr(),
-        [vector.data_ptr() for vector in state],
-        [message.data_ptr() for message in messages],
-        x.numel(),
-        hyper,
-        _row_scalars(op, known, row_scalars, x),
-        *_launch(device),
-    )
+    places = [vector.data_ptr() for vector in state], [message.data_ptr() for message in messages]
+    fixed = (known.code, _DTYPES[x.dtype], x.data_ptr(), g.data_ptr(), *places, x.numel())
+    return Prepared(op, known, x, [g, *state, *messages], fixed)
+
+
+def _local_step(
+    x: Tensor,
+    g: Tensor,
+    state: list[Tensor],
+    messages: list[Tensor],
+    rule: str,
+    hyper: list[float],
+    row_scalars: Tensor | None = None,
+) -> None:
+    prepare_local_step(x, g, state, messages, rule).run(hyper, row_scalars, None)
+
+
+def prepare_merge(
+    x: Tensor, g: Tensor, state: list[Tensor], received: list[Tensor], weights: list[float], mean: bool, rule: str
+) -> Prepared:
+    """:func:`qgm_ext.ops.merge_` of these tensors and weights, as :func:`prepare_local_step`."""
+    op, device = "merge_", x.device
+    _check_x(op, x, 1)
+    known = _rule(op, device.type, rule)
+    _check_states(op, known, state)
+    if not weights or len(received) != known.messages * len(weights):
+        raise ValueError(
+            f"{op}: rule {rule!r} has {known.messages} messages a worker, so received must hold {known.messages} "
+            f"times as many tensors as there are weights (at least 1), got {len(received)} and {len(weights)}"
+        )
+    compute = compute_dtype(x.dtype)
+    _check_like(op, "g", g, x.shape, x.dtype, device)
+    states = [(f"state[{k}]", vector) for k, vector in enumerate(state)]
+    inputs = [(f"received[{k}]", message) for k, message in enumerate(received)]
+    for name, vector in (*states, *inputs):
+        _check_like(op, name, vector, x.shape, compute, device)
+    _check_disjoint(op, [("x", x), *states], [("g", g), *inputs])
+    places = [vector.data_ptr() for vector in state], [message.data_ptr() for message in received]
+    fixed = (known.code, _DTYPES[x.dtype], x.data_ptr(), g.data_ptr(), *places, weights, mean, x.numel())
+    return Prepared(op, known, x, [g, *state, *received], fixed)
 
 
 def _merge(
@@ -362,37 +437,7 @@ def _merge(
     row_scalars: Tensor | None = None,
     block_sums: Tensor | None = None,
 ) -> None:
-    op, device = "merge_", x.device
-    _check_x(op, x, 1)
-    known = _rule(op, device.type, rule)
-    _check_counts(op, known, state, hyper)
-    if not weights or len(received) != known.messages * len(weights):
-        raise ValueError(
-            f"{op}: rule {rule!r} has {known.messages} messages a worker, so received must hold {known.messages} "
-            f"times as many tensors as there are weights (at least 1), got {len(received)} and {len(weights)}"
-        )
-    compute = compute_dtype(x.dtype)
-    _check_like(op, "g", g, x.shape, x.dtype, device)
-    states = [(f"state[{k}]", vector) for k, vector in enumerate(state)]
-    inputs = [(f"received[{k}]", message) for k, message in enumerate(received)]
-    for name, vector in (*states, *inputs):
-        _check_like(op, name, vector, x.shape, compute, device)
-    _check_disjoint(op, [("x", x), *states], [("g", g), *inputs])
-    _native(device.type).merge(
-        known.code,
-        _DTYPES[x.dtype],
-        x.data_ptr(),
-        g.data_ptr(),
-        [vector.data_ptr() for vector in state],
-        [message.data_ptr() for message in received],
-        weights,
-        mean,
-        x.numel(),
-        hyper,
-        _row_scalars(op, known, row_scalars, x),
-        _block_sums(op, known, block_sums, x),
-        *_launch(device),
-    )
+    prepare_merge(x, g, state, received, weights, mean, rule).run(hyper, row_scalars, block_sums)
 
 
 def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ nothing:
 
 - ``gossip_step_``: the fused step of n stacked workers: local step, gossip averaging and merge in one pass;
 - ``relay_step_``: the same with messages relayed over trees, RelaySum;
-- ``local_step_``, ``merge_``: the same step of one worker in two halves, around communication;
+- ``local_step_``, ``merge_``: the same step of one worker in two halves, around communication; ``prepare_local_step``
+  and ``prepare_merge`` check their tensors once for many steps;
 - ``squared_norms``, ``consensus_distance``, ``rows_are_finite``: reductions with a fixed order of summation;
 - ``sum_blocks``: the end of ``squared_norms``, for a rule whose pass has summed the squares block by block.
 
@@ -20,10 +21,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgm_ext._ops import REDUCE_BLOCK, Rule, block_sums_shape, compute_dtype, has_native, rules
+from qgm_ext._ops import (
+    REDUCE_BLOCK,
+    Prepared,
+    Rule,
+    block_sums_shape,
+    compute_dtype,
+    has_native,
+    prepare_local_step,
+    prepare_merge,
+    rules,
+)
 
 __all__ = [
     "REDUCE_BLOCK",
+    "Prepared",
     "Rule",
     "compute_dtype",
     "consensus_distance",
@@ -32,6 +44,8 @@ __all__ = [
     "local_step_",
     "merge_",
     "new_block_sums",
+    "prepare_local_step",
+    "prepare_merge",
     "relay_step_",
     "rows_are_finite",
     "rules",

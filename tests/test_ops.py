@@ -384,6 +384,33 @@ def test_split_ops_name_the_wrong_argument():
         ops.merge_(x, g, [m], [out.double()], [1.0], False, "qg_dsgdm_n", hyper)
 
 
+def test_prepared_halves_take_the_step_again_and_again_and_check_their_numbers():
+    (x, g), hyper = torch.randn(2, 300), hyper_of("qg_dsgdm_n")
+    m, out, other = torch.randn(300), torch.empty(300), torch.randn(300)
+    expected = [x.clone(), m.clone(), out.clone()]
+    make = ops.prepare_local_step(x, g, [m], [out], "qg_dsgdm_n")
+    merge = ops.prepare_merge(x, g, [m], [out, other], [0.25, 0.75], False, "qg_dsgdm_n")
+    for step in range(3):
+        numbers = [value / (step + 1) for value in hyper]
+        make(numbers)
+        merge(numbers)
+        ops.local_step_(expected[0], g, [expected[1]], [expected[2]], "qg_dsgdm_n", numbers)
+        received = [expected[2], other]
+        ops.merge_(expected[0], g, [expected[1]], received, [0.25, 0.75], False, "qg_dsgdm_n", numbers)
+        assert all(map(torch.equal, [x, m, out], expected))
+    before = x.clone()
+    for half in (make, merge):
+        with pytest.raises(ValueError, match=r"takes \d+ hyper-parameters, got 1$"):
+            half([0.1])
+        with pytest.raises(ValueError, match="takes no row_scalars"):
+            half(hyper, torch.ones(1))
+    with pytest.raises(ValueError, match="takes no block_sums"):
+        merge(hyper, None, torch.ones(1, dtype=torch.float64))
+    assert torch.equal(x, before)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        ops.prepare_local_step(x, g, [m], [x], "qg_dsgdm_n")
+
+
 def test_ops_pass_opcheck():
     x, g, m = problem("qg_dsgdm_n", 4, 33, torch.float32)
     mixing, hyper = topology.ring(4).mixing(), hyper_of("qg_dsgdm_n")

@@ -41,11 +41,9 @@ def blocks_of(place: slice) -> slice:
 
 
 class _Bucket(NamedTuple):
-    x: Tensor
-    g: Tensor
-    state: list[Tensor]
-    mine: list[Tensor]  # the messages of this worker
-    received: list[Tensor]  # of all terms, message by message; if they are rounded, each with what the own one lost
+    make: ops.Prepared  # the messages of this worker
+    merge: ops.Prepared  # those of all terms; if they are rounded, with what the own ones lost
+    mine: list[Tensor]
     batch: Batch
     rounded: _Rounded | None
 
@@ -112,9 +110,10 @@ class GossipRound:
         errors: Sequence[Tensor] = (),
     ) -> None:
         self.places = places
-        self._rule, self._plan, self._exchange, self._numbers = rule, plan, exchange, numbers
+        self._exchange, self._numbers = exchange, numbers
         # What the own messages lost by rounding counts in full.
-        self._weights = plan.weights if written is None else [*plan.weights, 1.0]
+        weights = plan.weights if written is None else [*plan.weights, 1.0]
+        mean = plan.mean and written is None
         self._buckets: list[_Bucket] = []
         compute = ops.compute_dtype(x.dtype)
         count = ops.rules("cuda" if x.is_cuda else "cpu")[rule].messages
@@ -142,13 +141,13 @@ class GossipRound:
                     ],
                 )
                 ends = [[lost] for lost in rounded.lost]
+            mine, own = (x[place], g[place], [vector[place] for vector in state]), vectors[worker]
+            received = [one for k in range(count) for one in (*(vectors[peer][k] for peer in plan.terms), *ends[k])]
             self._buckets.append(
                 _Bucket(
-                    x[place],
-                    g[place],
-                    [vector[place] for vector in state],
-                    vectors[worker],
-                    [one for k in range(count) for one in (*(vectors[peer][k] for peer in plan.terms), *ends[k])],
+                    ops.prepare_local_step(*mine, own, rule),
+                    ops.prepare_merge(*mine, received, weights, mean, rule),
+                    own,
                     exchange.batch([(peer, outgoing) for peer in plan.receivers], list(incoming.items()), number),
                     rounded,
                 )
@@ -167,7 +166,7 @@ class GossipRound:
     def send(self, bucket: int) -> None:
         """Make the messages of a bucket, by its place in ``places``, and start their exchange."""
         part = self._buckets[bucket]
-        ops.local_step_(part.x, part.g, part.state, part.mine, self._rule, self._hyper, self._row)
+        part.make(self._hyper, self._row)
         if part.rounded is not None:
             places = zip(part.mine, part.rounded.errors, part.rounded.packed, part.rounded.lost, strict=True)
             for message, error, packed, lost in places:
@@ -180,16 +179,15 @@ class GossipRound:
         for bucket in range(len(self._buckets)):
             if bucket not in self._sent:
                 self.send(bucket)
-        plan, outgoing = self._plan, []
+        outgoing = []
         for bucket, pending in self._sent.items():
             self._exchange.wait([one for one in pending if one.incoming])
             outgoing += [one for one in pending if not one.incoming]
-            x, g, state, _, received, _, rounded = self._buckets[bucket]
-            if rounded is not None:
-                for packed, vector in rounded.incoming:
-                    rounded.written.read(packed, vector)
+            part = self._buckets[bucket]
+            if part.rounded is not None:
+                for packed, vector in part.rounded.incoming:
+                    part.rounded.written.read(packed, vector)
             sums = None if self._sums is None else self._sums[blocks_of(self.places[bucket])]
-            mean = plan.mean and rounded is None
-            ops.merge_(x, g, state, received, self._weights, mean, self._rule, self._hyper, self._row, sums)
+            part.merge(self._hyper, self._row, sums)
         self._exchange.wait(outgoing)  # the buffers are written again in the next pass
         self._sent = {}

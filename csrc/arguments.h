@@ -8,7 +8,7 @@
 
 namespace qgm {
 
-// Storage types, in the order of the dtype codes of qgm_ext/_ops.py.
+// Storage types, in the order of the dtype codes of qgm_ext/_native.py.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 constexpr int kDTypes = 4;
 

@@ -1,116 +1,25 @@
 """The ops as torch sees them: schemas, argument checks and dispatch to the native kernels; qgm_ext/ops.py has them as
-users call them. Nothing else names the native modules.
+users call them.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType, ModuleType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from qgm_ext.hints import did_you_mean
+from qgm_ext._native import DTYPES, Rule, compute_dtype, get_rule, native
 
-__all__ = [
-    "REDUCE_BLOCK",
-    "Prepared",
-    "Rule",
-    "block_sums_shape",
-    "compute_dtype",
-    "has_native",
-    "prepare_local_step",
-    "prepare_merge",
-    "rules",
-]
+__all__ = ["REDUCE_BLOCK", "Prepared", "block_sums_shape", "prepare_local_step", "prepare_merge"]
 
-# The codes of csrc/cpu/registry.h and csrc/mixing.h.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# The codes of csrc/mixing.h.
 _FORMS = {"identity": 0, "mean": 1, "sparse": 2, "dense": 2}
 #: Coordinates that a reduction sums together first: kReduceBlock of csrc/arguments.h.
 REDUCE_BLOCK = 4096
 _REDUCE_LANES = 256  # kReduceLanes
-
-
-class Rule(NamedTuple):
-    """What a compiled rule takes: its code in the native table, and how many vectors and numbers."""
-
-    code: int
-    name: str
-    hyper: int
-    states: int
-    messages: int
-    row_scalars: int
-    merge_reads_x: bool
-    merge_reads_grad: bool
-    norm_state: int  # the state whose squares a pass sums by blocks, -1 for none
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic, state and messages have for parameters of ``dtype``: float64, else float32.
-
-    Raises:
-        TypeError: if dtype is not float64, float32, bfloat16 or float16.
-    """
-    if dtype not in _DTYPES:
-        raise TypeError(f"parameters must be float64, float32, bfloat16 or float16, got {dtype}")
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@functools.cache
-def _native(device: str) -> ModuleType:
-    """The native module of a device type, imported after torch so that both share one OpenMP pool."""
-    name = {"cpu": "_cpu", "cuda": "_cuda"}[device]
-    try:
-        return importlib.import_module(f"qgm_ext.{name}")
-    except ImportError as error:
-        how = (
-            "build it with `pip install .` in the source folder (needs a C++17 compiler)"
-            if device == "cpu"
-            else "build it with `QGM_CUDA=1 pip install .` in the source folder (needs nvcc of the CUDA toolkit)"
-        )
-        raise ImportError(
-            f"the native module qgm_ext.{name} could not be imported ({error}): {how}; "
-            "in a source checkout, leave the folder after installing or use `pip install -e .`"
-        ) from error
-
-
-def has_native(device: Literal["cpu", "cuda"]) -> bool:
-    """Whether the native kernels of a device type are built (for cuda: not whether a GPU is present).
-
-    Raises:
-        ValueError: if device is neither "cpu" nor "cuda".
-    """
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    try:
-        _native(device)
-    except ImportError:
-        return False
-    return True
-
-
-@functools.cache
-def _rule_table(device: str) -> dict[str, Rule]:
-    return {entry["name"]: Rule(index, **entry) for index, entry in enumerate(_native(device).rules())}
-
-
-def rules(device: Literal["cpu", "cuda"] = "cpu") -> Mapping[str, Rule]:
-    """The compiled rules of a device type by name."""
-    return MappingProxyType(_rule_table(device))
-
-
-def _rule(op: str, device: str, name: str) -> Rule:
-    table = _rule_table(device)
-    rule = table.get(name)
-    if rule is None:
-        hint = did_you_mean(name, table, f"there are {', '.join(sorted(table))}")
-        raise ValueError(f"{op}: rule {name!r} is not known, {hint}")
-    return rule
 
 
 def _describe(tensor: Tensor) -> str:
@@ -144,7 +53,7 @@ def _check_rows_of_state(op: str, state: Sequence[Tensor], x: Tensor) -> None:
 
 
 def _check_x(op: str, x: Tensor, dimensions: int) -> None:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"{op}: x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() != dimensions or x.numel() == 0:
         wanted = "[n, D] with n >= 1 and D >= 1" if dimensions == 2 else "[D] with D >= 1"
@@ -241,7 +150,7 @@ def _gossip_step(
 ) -> None:
     op, device = "gossip_step_", x.device
     _check_x(op, x, 2)
-    known = _rule(op, device.type, rule)
+    known = get_rule(op, device.type, rule)
     _check_counts(op, known, state, hyper)
     shape, compute = x.shape, compute_dtype(x.dtype)
     _check_like(op, "g", g, shape, x.dtype, device)
@@ -255,9 +164,9 @@ def _gossip_step(
     sums, lanes = _block_sums(op, known, block_sums, x), None
     if sums and device.type == "cuda":  # freed on return, as in _reduce
         lanes = torch.empty((*block_sums_shape(x), _REDUCE_LANES), dtype=compute, device=device)
-    _native(device.type).gossip_step(
+    native(device.type).gossip_step(
         known.code,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.data_ptr(),
         g.data_ptr(),
         [vector.data_ptr() for vector in state],
@@ -293,7 +202,7 @@ def _relay_step(
 ) -> None:
     op, device = "relay_step_", x.device
     _check_x(op, x, 2)
-    known = _rule(op, device.type, rule)
+    known = get_rule(op, device.type, rule)
     _check_counts(op, known, state, hyper)
     compute, (n, dim), trees = compute_dtype(x.dtype), x.shape, offsets.shape[0]
     _check_like(op, "g", g, x.shape, x.dtype, device)
@@ -308,9 +217,9 @@ def _relay_step(
         _check_contiguous(op, name, tensor)
     kept = [("messages", messages)] if edges else []
     _check_disjoint(op, [("x", x), *kept, *((f"state[{k}]", v) for k, v in enumerate(state))], [("g", g)])
-    _native(device.type).relay_step(
+    native(device.type).relay_step(
         rule,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.data_ptr(),
         g.data_ptr(),
         [vector.data_ptr() for vector in state],
@@ -332,11 +241,24 @@ def _relay_step(
 
 
 class Prepared:
-    """A half of a step on tensors that have been checked, which it keeps; they must stay where they are in memory."""
+    """A half of a step on tensors that have been checked: x, g, the state and the messages.
 
-    def __init__(self, op: str, rule: Rule, x: Tensor, others: Sequence[Tensor], fixed: tuple[Any, ...]) -> None:
-        self._op, self._rule, self._x, self._others, self._fixed = op, rule, x, others, fixed
-        self._kernel = getattr(_native(x.device.type), op.removesuffix("_"))
+    Where they are in memory is asked anew each time, for ``share_memory()`` moves a tensor.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        rule: Rule,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        messages: Sequence[Tensor],
+        *numbers: Any,
+    ) -> None:
+        self._op, self._rule, self._x, self._g, self._state, self._messages = op, rule, x, g, state, messages
+        self._kernel = getattr(native(x.device.type), op.removesuffix("_"))
+        self._kind, self._numbers = (rule.code, DTYPES[x.dtype]), numbers
         self._merges = op == "merge_"
 
     def __call__(self, hyper: list[float], row_scalars: Tensor | None = None, block_sums: Tensor | None = None) -> None:
@@ -355,10 +277,21 @@ class Prepared:
         """The same without a label for the profiler."""
         op, rule, x = self._op, self._rule, self._x
         _check_hyper(op, rule, hyper)
-        numbers = [_row_scalars(op, rule, row_scalars, x)]
+        extra = [_row_scalars(op, rule, row_scalars, x)]
         if self._merges:
-            numbers.append(_block_sums(op, rule, block_sums, x))
-        self._kernel(*self._fixed, hyper, *numbers, *_launch(x.device))
+            extra.append(_block_sums(op, rule, block_sums, x))
+        self._kernel(
+            *self._kind,
+            x.data_ptr(),
+            self._g.data_ptr(),
+            [vector.data_ptr() for vector in self._state],
+            [message.data_ptr() for message in self._messages],
+            *self._numbers,
+            x.numel(),
+            hyper,
+            *extra,
+            *_launch(x.device),
+        )
 
 
 def prepare_local_step(x: Tensor, g: Tensor, state: list[Tensor], messages: list[Tensor], rule: str) -> Prepared:
@@ -370,7 +303,7 @@ def prepare_local_step(x: Tensor, g: Tensor, state: list[Tensor], messages: list
     """
     op, device = "local_step_", x.device
     _check_x(op, x, 1)
-    known = _rule(op, device.type, rule)
+    known = get_rule(op, device.type, rule)
     _check_states(op, known, state)
     if len(messages) != known.messages:
         raise ValueError(f"{op}: rule {rule!r} makes {known.messages} messages, got {len(messages)} to write")
@@ -383,9 +316,7 @@ def prepare_local_step(x: Tensor, g: Tensor, state: list[Tensor], messages: list
     for name, vector in written:
         _check_like(op, name, vector, x.shape, compute, device)
     _check_disjoint(op, written, [("x", x), ("g", g)])
-    places = [vector.data_ptr() for vector in state], [message.data_ptr() for message in messages]
-    fixed = (known.code, _DTYPES[x.dtype], x.data_ptr(), g.data_ptr(), *places, x.numel())
-    return Prepared(op, known, x, [g, *state, *messages], fixed)
+    return Prepared(op, known, x, g, state, messages)
 
 
 def _local_step(
@@ -406,7 +337,7 @@ def prepare_merge(
     """:func:`qgm_ext.ops.merge_` of these tensors and weights, as :func:`prepare_local_step`."""
     op, device = "merge_", x.device
     _check_x(op, x, 1)
-    known = _rule(op, device.type, rule)
+    known = get_rule(op, device.type, rule)
     _check_states(op, known, state)
     if not weights or len(received) != known.messages * len(weights):
         raise ValueError(
@@ -420,9 +351,7 @@ def prepare_merge(
     for name, vector in (*states, *inputs):
         _check_like(op, name, vector, x.shape, compute, device)
     _check_disjoint(op, [("x", x), *states], [("g", g), *inputs])
-    places = [vector.data_ptr() for vector in state], [message.data_ptr() for message in received]
-    fixed = (known.code, _DTYPES[x.dtype], x.data_ptr(), g.data_ptr(), *places, weights, mean, x.numel())
-    return Prepared(op, known, x, [g, *state, *received], fixed)
+    return Prepared(op, known, x, g, state, received, weights, mean)
 
 
 def _merge(
@@ -442,14 +371,14 @@ def _merge(
 
 def _reduce(op: str, x: Tensor, out: Tensor) -> Tensor:
     _check_x(op, x, 2)
-    native = _native(x.device.type)
+    module = native(x.device.type)
     scratch: tuple[int, ...] = ()
     if x.device.type == "cuda":
         # One sum per row and block of coordinates. Freed on return: the caching allocator reuses it in stream order.
         sums = torch.empty(block_sums_shape(x), dtype=torch.float64, device=x.device)
         scratch = (sums.data_ptr(),)
-    kernel, where = getattr(native, op), _launch(x.device)
-    kernel(_DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *scratch, *where)
+    kernel, where = getattr(module, op), _launch(x.device)
+    kernel(DTYPES[x.dtype], x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.data_ptr(), *scratch, *where)
     return out
 
 
@@ -461,8 +390,9 @@ def _sum_blocks(block_sums: Tensor) -> Tensor:
     if block_sums.dim() != 2 or block_sums.dtype != torch.float64 or not block_sums.is_contiguous():
         raise ValueError(f"sum_blocks: block_sums must be [n, blocks] float64, contiguous, got {_describe(block_sums)}")
     out = torch.empty(block_sums.shape[:1], dtype=torch.float64, device=block_sums.device)
-    native = _native(block_sums.device.type)
-    native.sum_blocks(block_sums.data_ptr(), *block_sums.shape, out.data_ptr(), *_launch(block_sums.device))
+    native(block_sums.device.type).sum_blocks(
+        block_sums.data_ptr(), *block_sums.shape, out.data_ptr(), *_launch(block_sums.device)
+    )
     return out
 
 

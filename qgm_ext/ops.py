@@ -21,17 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgm_ext._ops import (
-    REDUCE_BLOCK,
-    Prepared,
-    Rule,
-    block_sums_shape,
-    compute_dtype,
-    has_native,
-    prepare_local_step,
-    prepare_merge,
-    rules,
-)
+from qgm_ext._native import Rule, compute_dtype, has_native, rules
+from qgm_ext._ops import REDUCE_BLOCK, Prepared, block_sums_shape, prepare_local_step, prepare_merge
 
 __all__ = [
     "REDUCE_BLOCK",

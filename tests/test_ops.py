@@ -385,8 +385,8 @@ def test_split_ops_name_the_wrong_argument():
 
 
 def test_prepared_halves_take_the_step_again_and_again_and_check_their_numbers():
-    (x, g), hyper = torch.randn(2, 300), hyper_of("qg_dsgdm_n")
-    m, out, other = torch.randn(300), torch.empty(300), torch.randn(300)
+    x, g, m, out, other = (torch.randn(300) for _ in range(5))
+    hyper = hyper_of("qg_dsgdm_n")
     expected = [x.clone(), m.clone(), out.clone()]
     make = ops.prepare_local_step(x, g, [m], [out], "qg_dsgdm_n")
     merge = ops.prepare_merge(x, g, [m], [out, other], [0.25, 0.75], False, "qg_dsgdm_n")
@@ -398,6 +398,10 @@ def test_prepared_halves_take_the_step_again_and_again_and_check_their_numbers()
         received = [expected[2], other]
         ops.merge_(expected[0], g, [expected[1]], received, [0.25, 0.75], False, "qg_dsgdm_n", numbers)
         assert all(map(torch.equal, [x, m, out], expected))
+    x.share_memory_()  # moves it
+    merge(hyper)
+    ops.merge_(expected[0], g, [expected[1]], received, [0.25, 0.75], False, "qg_dsgdm_n", hyper)
+    assert torch.equal(x, expected[0])
     before = x.clone()
     for half in (make, merge):
         with pytest.raises(ValueError, match=r"takes \d+ hyper-parameters, got 1$"):

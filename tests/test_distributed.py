@@ -157,14 +157,20 @@ def test_drop_ins_train_as_the_simulator(pool: ProcessPool, name: str, restart: 
         assert torch.equal(results[rank], flattened(list(model.parameters()))), f"rank {rank}"
 
 
-def take_own_memory_format(rank: int, n: int, when: int, overlap: bool) -> list[Tensor]:
-    """Rank 1, and it alone, changes the order in which it has a weight in memory before step ``when``."""
+def move_alone(rank: int, n: int, how: str, when: int, overlap: bool) -> list[Tensor]:
+    """Rank 1, and it alone, changes before step ``when`` where it has its weights in memory, or in which order."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Linear(4, 3))
     opt = QGSGD(model.parameters(), lr=0.1, topology=topology.ring(n), overlap=overlap)
     for step in range(5):
         if rank == 1 and step == when:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if how == "memory format":
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            elif how == "shared memory":
+                model.share_memory()
+            else:
+                for p in model.parameters():
+                    p.data = p.data.clone()
         opt.zero_grad()
         generator = torch.Generator().manual_seed(100 * step + rank)
         loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters())
@@ -175,11 +181,12 @@ def take_own_memory_format(rank: int, n: int, when: int, overlap: bool) -> list[
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["together", "overlap"])
-def test_another_memory_format_of_one_worker_changes_nothing(pool: ProcessPool, overlap: bool) -> None:
+@pytest.mark.parametrize("how", ["memory format", "shared memory", "other memory"])
+def test_memory_of_one_worker_that_moves_changes_nothing(pool: ProcessPool, how: str, overlap: bool) -> None:
     n = 3
-    expected = pool.run(take_own_memory_format, n, n, -1, overlap)
-    for when in (0, 2):
-        for rank, found in enumerate(pool.run(take_own_memory_format, n, n, when, overlap)):
+    expected = pool.run(move_alone, n, n, how, -1, overlap)
+    for when in (2,) if how == "shared memory" else (0, 2):  # before the first step it would be refused
+        for rank, found in enumerate(pool.run(move_alone, n, n, how, when, overlap)):
             assert all(map(torch.equal, found, expected[rank])), f"rank {rank}, before step {when}"
 
 

@@ -87,6 +87,11 @@ def rules(device: Literal["cpu", "cuda"] = "cpu") -> Mapping[str, Rule]:
 
 
 def get_rule(op: str, device: str, name: str) -> Rule:
+    """The compiled rule of a name, for an op.
+
+    Raises:
+        ValueError: if there is none of this name; suggests the nearest.
+    """
     table = _rule_table(device)
     rule = table.get(name)
     if rule is None:

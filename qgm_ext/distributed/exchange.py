@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qgm_ext.distributed.agreement import collective_device
-from qgm_ext.distributed.peer_loss import PROBE_TAG, PeerLostError, broken_peer, first_lost, reason
+from qgm_ext.distributed.peer_loss import PROBE_TAG, PeerLostError, broken_peer, first_lost, group_name, reason
 from qgm_ext.distributed.timeline import span
 
 __all__ = ["Exchange", "Message", "MessageError", "Stamp"]
@@ -142,7 +142,7 @@ class Exchange:
     @property
     def name(self) -> str:
         """Of the group."""
-        return "default" if self.group is None else str(self.group.group_name)
+        return group_name(self.group)
 
     def global_rank(self, peer: int) -> int:
         """What a worker is called outside of the group."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["PROBE_TAG", "PeerLostError", "broken_peer", "first_lost", "meeting", "reason"]
+__all__ = ["PROBE_TAG", "PeerLostError", "broken_peer", "first_lost", "group_name", "meeting", "reason"]
 
 PROBE_TAG = 1 << 30  # that no message has
 _KEY = "qgm_ext/waits_in_vain"
@@ -83,13 +83,18 @@ def broken_peer(group: dist.ProcessGroup | None, peers: Sequence[int]) -> int:
     return peers[0]
 
 
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """What a group is called in the store."""
+    return "default" if group is None else str(group.group_name)
+
+
 def first_lost(group: dist.ProcessGroup | None, peer: int) -> int:
     """The worker that was lost first, as far as those that wait in vain know; this one waits for ``peer``."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    name = "default" if group is None else str(group.group_name)
+    prefix = f"{_KEY}/{group_name(group)}"
 
     def key(worker: int) -> str:
-        return f"{_KEY}/{name}/{worker}"
+        return f"{prefix}/{worker}"
 
     seen = {rank}
     try:

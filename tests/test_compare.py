@@ -286,7 +286,10 @@ def test_the_command_shows_estimate_progress_and_table(whole, tmp_path):
     code, output = qgm("compare", path, "--out", tmp_path / "out", "--processes", 2)
     assert code == 0, output
     assert re.search(r"8 runs to do, 0 done before; about \d+ (s|min) on 2 processes \(from calibration\)", output)
-    assert re.search(r"\[8/8\] .*, lr 0\.2, seed 1: validation accuracy \d", output)
+    # Two processes finish in any order; every run is told once, in the order of its number.
+    told = re.findall(r"\[(\d)/8\] (.*, lr 0\.\d+, seed \d): validation accuracy \d", output)
+    assert [int(number) for number, _ in told] == list(range(1, 9)), output
+    assert len({run for _, run in told}) == 8, output
     assert "mlp on digits, ring of 4" in output
     assert "alpha = 0.1" in output
     assert re.search(r"dsgd +\d+\.\d ± \d", output)

@@ -37,6 +37,7 @@ def test_all_presets_are_there() -> None:
         "paper-imagenet",
         "paper-small",
         "paper-small-cnn",
+        "paper-small-cnn-social-long",
         "paper-small-social",
         "paper-small-social-long",
         "paper-table1",

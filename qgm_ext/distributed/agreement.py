@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qgm_ext.distributed.peer_loss import meeting
+from qgm_ext.distributed.peer_loss import global_rank, meeting
 
 __all__ = [
     "DisagreementError",
@@ -94,7 +94,7 @@ def gather_bytes(
     rows = [torch.empty_like(padded) for _ in range(size)] if receives else []
     with meeting(group):
         if only_first:
-            dist.gather(padded, rows or None, 0 if group is None else dist.get_global_rank(group, 0), group=group)
+            dist.gather(padded, rows or None, global_rank(group, 0), group=group)
         else:
             dist.all_gather(rows, padded, group=group)
     return [bytes(row[:length].cpu().numpy()) for row, length in zip(rows, lengths, strict=False)]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as _torch_checkpoint
 
 from qgm_ext.distributed.agreement import collective_device, gather_json
-from qgm_ext.distributed.peer_loss import meeting
+from qgm_ext.distributed.peer_loss import global_rank, meeting
 from qgm_ext.distributed.takeover import Sources, State, checksum, choose, hand_over
 from qgm_ext.files import sync_folder, write_atomically
 from qgm_ext.optim import DecentralizedOptimizer
@@ -281,7 +281,7 @@ def consensus_model(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     _, size = _place(group)
     if size == 1:
         return average
-    root = 0 if group is None else dist.get_global_rank(group, 0)
+    root = global_rank(group, 0)
     with torch.no_grad(), meeting(group):
         for tensor in average.state_dict().values():
             if not isinstance(tensor, Tensor):

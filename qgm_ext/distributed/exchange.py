@@ -20,7 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qgm_ext.distributed.agreement import collective_device
-from qgm_ext.distributed.peer_loss import PROBE_TAG, PeerLostError, broken_peer, first_lost, group_name, reason
+from qgm_ext.distributed.peer_loss import (
+    PROBE_TAG,
+    PeerLostError,
+    broken_peer,
+    first_lost,
+    global_rank,
+    group_name,
+    reason,
+)
 from qgm_ext.distributed.timeline import span
 
 __all__ = ["Exchange", "Message", "MessageError", "Stamp"]
@@ -126,9 +134,7 @@ class Exchange:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._timeout = timedelta(seconds=timeout)
-        self._global_ranks = (
-            list(range(self.size)) if group is None else [dist.get_global_rank(group, r) for r in range(self.size)]
-        )
+        self._global_ranks = [global_rank(group, r) for r in range(self.size)]
         self.backend = dist.get_backend(group)
         self.bytes_sent = 0
         self.bytes_received = 0

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["PROBE_TAG", "PeerLostError", "broken_peer", "first_lost", "group_name", "meeting", "reason"]
+__all__ = ["PROBE_TAG", "PeerLostError", "broken_peer", "first_lost", "global_rank", "group_name", "meeting", "reason"]
 
 PROBE_TAG = 1 << 30  # that no message has
 _KEY = "qgm_ext/waits_in_vain"
@@ -77,10 +77,15 @@ def broken_peer(group: dist.ProcessGroup | None, peers: Sequence[int]) -> int:
     for peer in peers:
         try:
             probe = torch.empty(1, dtype=torch.uint8)
-            dist.irecv(probe, peer if group is None else dist.get_global_rank(group, peer), group=group, tag=PROBE_TAG)
+            dist.irecv(probe, global_rank(group, peer), group=group, tag=PROBE_TAG)
         except RuntimeError:
             return peer
     return peers[0]
+
+
+def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
+    """The rank that torch wants to be told, of a worker of a group."""
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:

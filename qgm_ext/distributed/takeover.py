@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qgm_ext.distributed.agreement import as_bytes
-from qgm_ext.distributed.peer_loss import meeting
+from qgm_ext.distributed.peer_loss import global_rank, meeting
 from qgm_ext.topology import Topology
 
 __all__ = ["Sources", "State", "checksum", "choose", "hand_over"]
@@ -151,7 +151,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _send(state: State | None, receiver: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
-    target = receiver if group is None else dist.get_global_rank(group, receiver)
+    target = global_rank(group, receiver)
 
     def send(tensor: Tensor) -> None:
         with meeting(group):
@@ -169,7 +169,7 @@ def _send(state: State | None, receiver: int, group: dist.ProcessGroup | None, d
 
 
 def _receive(owner: int, sender: int, group: dist.ProcessGroup | None, device: torch.device) -> State:
-    source = sender if group is None else dist.get_global_rank(group, sender)
+    source = global_rank(group, sender)
 
     def receive(tensor: Tensor) -> Tensor:
         with meeting(group):

@@ -155,7 +155,6 @@ def _classes(found: Results, notes: list[str]) -> list[_Picture]:
 
 def _page(found: Results, sections: list[tuple[str, list[_Picture]]], notes: list[str]) -> str:
     plan = found.plan
-    done = sum(run.status != "unfinished" for run in found.runs.values())
     title = html.escape(plan.title or "Comparison")
     parts = [
         "<!doctype html>",
@@ -166,7 +165,8 @@ def _page(found: Results, sections: list[tuple[str, list[_Picture]]], notes: lis
     ]
     parts += [f"<p>{html.escape(part)}</p>" for part in (plan.description.strip(), *plan.notes(), *notes) if part]
     if not all(score.complete for score in found.scores()):
-        parts.append(f"<p><strong>Not complete: {done} runs are done, {found.num_wanted()} are needed.</strong></p>")
+        done, needed = found.num_done(), found.num_wanted()
+        parts.append(f"<p><strong>Not complete: {done} runs are done, {needed} are needed.</strong></p>")
     parts.append("<h2>Test accuracy</h2>")
     parts += [_table(table) for table in tables.make(found)]
     parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in tables.legend(found)) + "</ul>")

@@ -28,16 +28,15 @@ TOOK = "took.json"  # beside the results of a command that ran without a break
 def block(name: str) -> str:
     """What stands between the markers: command, time, tables and their legend."""
     found = results.load_csv(RESULTS / name)
-    wanted = (run for cell in found.plan.cells() for run in found.wanted(cell))
-    done = {run.folder: run for run in wanted if run.status != "unfinished"}
-    seconds = sum(run.seconds for run in done.values())
+    done = found.done()
+    seconds = sum({run.folder: run.seconds for run in done}.values())  # cells may share a run
     took = RESULTS / name / TOOK
     whole = ""
     if took.exists():
         said = json.loads(took.read_text(encoding="utf-8"))
         whole = f" The command took {said['seconds'] / 60:.1f} minutes ({said['machine']})."
     parts = [
-        f"`qgm compare --preset {name}`: {found.plan.title}. {found.num_done()} of {found.num_wanted()} runs done, "
+        f"`qgm compare --preset {name}`: {found.plan.title}. {len(done)} of {found.num_wanted()} runs done, "
         f"{seconds / 60:.0f} minutes of training and evaluation in all, as the clock of their processes had it.{whole}",
     ]
     for table in tables.make(found):

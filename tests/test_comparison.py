@@ -342,14 +342,14 @@ def test_with_the_first_seed_for_the_search_others_run_the_chosen_step_size_only
     cell = next(first.cells())
     assert found.chosen_lr(cell) == 0.2
     assert {(run.lr, run.seed) for run in found.wanted(cell)} == {(0.1, 0), (0.2, 0), (0.2, 1), (0.2, 2)}
-    assert (found.num_done(), found.num_wanted()) == (2 * 2, 2 * 4)
+    assert (len(found.done()), found.num_wanted()) == (2 * 2, 2 * 4)
 
 
 def test_runs_that_the_table_does_not_need_do_not_count_as_done():
     first = plan(lr_seeds="first", seeds=3)
     found = made_up(first, lambda run: "todo" if run.seed and run.lr == 0.2 else (run.lr, 0.5))
     assert sum(run.status == "finished" for run in found.runs.values()) == 2 * 4
-    assert (found.num_done(), found.num_wanted()) == (2 * 2, 2 * 4)
+    assert (len(found.done()), found.num_wanted()) == (2 * 2, 2 * 4)
 
 
 def test_choose_best_takes_the_test_accuracy_at_the_best_validation_accuracy():

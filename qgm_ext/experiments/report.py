@@ -165,7 +165,7 @@ def _page(found: Results, sections: list[tuple[str, list[_Picture]]], notes: lis
     ]
     parts += [f"<p>{html.escape(part)}</p>" for part in (plan.description.strip(), *plan.notes(), *notes) if part]
     if not all(score.complete for score in found.scores()):
-        done, needed = found.num_done(), found.num_wanted()
+        done, needed = len(found.done()), found.num_wanted()
         parts.append(f"<p><strong>Not complete: {done} runs are done, {needed} are needed.</strong></p>")
     parts.append("<h2>Test accuracy</h2>")
     parts += [_table(table) for table in tables.make(found)]

@@ -256,9 +256,9 @@ class Results:
         search = len(self.plan.search_seeds())
         return sum(len(cell.method.lrs) * search + len(self.plan.seeds) - search for cell in self.plan.cells())
 
-    def num_done(self) -> int:
-        """How many of them are done. Runs of an earlier grid of step sizes are not among them."""
-        return sum(run.status != "unfinished" for cell in self.plan.cells() for run in self.wanted(cell))
+    def done(self) -> list[Run]:
+        """Those that are done, cell by cell. Runs of an earlier grid of step sizes are not among them."""
+        return [run for cell in self.plan.cells() for run in self.wanted(cell) if run.status != "unfinished"]
 
     def final(self, cell: Cell) -> list[Run]:
         """The runs that the table is made of: those with the chosen step size."""

@@ -27,7 +27,7 @@ from qgm_ext.distributed.engine import Clock, Turn, Vectors, WorkerEngine, relay
 from qgm_ext.distributed.exchange import Exchange
 from qgm_ext.distributed.healing import HealingEngine
 from qgm_ext.distributed.options import RuntimeOptions
-from qgm_ext.distributed.peer_loss import global_rank, meeting
+from qgm_ext.distributed.peer_loss import meeting
 from qgm_ext.distributed.stale import StaleEngine
 from qgm_ext.distributed.survivors import Survivors
 from qgm_ext.flat import FlatLayout
@@ -203,7 +203,7 @@ class Peers:
         exchange = self.exchange
         if exchange is None or exchange.size == 1:
             return
-        source = global_rank(exchange.group, 0)
+        source = exchange.global_rank(0)
         with torch.no_grad(), meeting(exchange.group):
             for p in params:
                 if p.numel() == 0:
